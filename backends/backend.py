@@ -1,0 +1,98 @@
+"""The Backend protocol: two questions to pure functions.
+
+*What do I publish in my lease?* and *what do I want in the kernel, for this host and for this peer?* A backend is made
+from its options once and holds no other state. It answers with records (``backends.kernel_state``); the reconciler
+makes the kernel equal to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from backends.kernel_state import Record
+from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease
+from subnet_lease.network_config import NetworkConfig
+
+
+class BackendError(Exception):
+    """The backend cannot work with these options or on this host. The text names the thing and the remedy."""
+
+
+class PeerRefused(Exception):
+    """A peer's lease asks for something impossible or harmful. The text says what; that peer gets no records."""
+
+
+@dataclass(frozen=True, slots=True)
+class Underlay:
+    """The interface and addresses that carry the tunnels.
+
+    ``local`` is bound on this host, ``public`` is what peers send to; behind NAT they differ (field problem 21).
+    ``prefixes`` are the on-link networks of the interface. ``mtu`` is the interface's, in bytes.
+    """
+
+    name: str
+    mtu: int
+    local: Mapping[Family, IPAddress]
+    public: Mapping[Family, IPAddress]
+    prefixes: tuple[IPNetwork, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Everything about this node that a backend may look at.
+
+    ``facts`` are answers to the backend's ``needs``, found by the daemon: "vtep_mac" and "vtep_mac_v6" (text),
+    "wireguard_key" (private, base64), "wireguard_public_key", "startup_output" (the extension backend's).
+    ``subnets`` is empty until the lease is ours.
+    """
+
+    underlay: Underlay
+    config: NetworkConfig
+    subnets: Mapping[Family, IPNetwork] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The families that this network runs and for which we hold a subnet."""
+        return tuple(f for f in FAMILIES if f in self.subnets)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The backend's part of a lease: BackendType and the two BackendData values (None: the key is left out)."""
+
+    backend_type: str
+    data: Any = None
+    v6_data: Any = None
+
+
+class Backend(Protocol):
+    """Implementations: one file each in this package, or a package that declares ``flanneld.backends``."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    """Which facts the daemon must find for ``Host.facts``."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """Validate ``options`` (the configuration's Backend object without Type); BackendError names what is wrong."""
+
+    @property
+    def unknown_options(self) -> tuple[str, ...]:
+        """Keys of ``options`` that nothing reads."""
+
+    def mtu(self, underlay: Underlay, families: tuple[Family, ...]) -> int:
+        """The MTU that containers may use, in bytes: FLANNEL_MTU, valid for every given family."""
+
+    def published(self, host: Host) -> Published:
+        """What goes into our lease."""
+
+    def accepts(self, peer: Lease) -> bool:
+        """Whether a lease of this backend_type is a peer of ours; leases of others are ignored."""
+
+    def host_state(self, host: Host) -> Iterable[Record]:
+        """Devices, addresses, sysctls and routes that do not depend on peers."""
+
+    def peer_state(self, host: Host, peer: Lease) -> Iterable[Record]:
+        """What reaches one peer. Raises PeerRefused."""

@@ -1,0 +1,158 @@
+"""The LeaseStore protocol: what the daemon asks of etcd or of Kubernetes, and the errors it may hear.
+
+Verbs block and raise a StoreError; none of them retries for longer than one call. How often to try again is the
+daemon's business (``StoreError.transient``), what to do with what is read is nobody's here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import ClassVar, Protocol
+
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
+from subnet_lease.network_config import NetworkConfig
+
+
+class StoreError(Exception):
+    """A call to the store failed. The text names the thing and the remedy; ``cause`` is one word for the metric."""
+
+    cause: ClassVar[str] = "store"
+    transient: ClassVar[bool] = True
+
+
+class StoreUnavailable(StoreError):
+    """Nobody answered, or no leader: wait and try again."""
+
+    cause = "unavailable"
+
+
+class AccessDenied(StoreError):
+    """Wrong password, no permission, or a certificate that was refused. An operator may mend it while we wait."""
+
+    cause = "access_denied"
+
+
+class ConfigMissing(StoreError):
+    """The network configuration is not there yet."""
+
+    cause = "config_missing"
+
+
+class ConfigInvalid(StoreError):
+    """The network configuration cannot be used; the text names key, value and rule."""
+
+    cause = "config_invalid"
+
+
+class PodCidrMissing(StoreError):
+    """The Kubernetes node has no podCIDR yet."""
+
+    cause = "pod_cidr_missing"
+
+
+class OutOfSubnets(StoreError):
+    """Every subnet of the network is leased."""
+
+    cause = "out_of_subnets"
+
+
+class AddressInUse(StoreError):
+    """Another live node holds a lease with our public IP (field problem 10)."""
+
+    cause = "address_in_use"
+
+
+class LeaseLost(StoreError):
+    """Our lease is gone or someone else's; acquire again."""
+
+    cause = "lease_lost"
+
+
+class SubnetTaken(StoreError):
+    """The subnet that we must keep now belongs to another node (field problem 13)."""
+
+    cause = "subnet_taken"
+
+
+class SetupError(StoreError):
+    """Nothing will heal this: an unreadable certificate, a malformed endpoint."""
+
+    cause = "setup"
+    transient = False
+
+
+@dataclass(frozen=True, slots=True)
+class NodeHints:
+    """What the store itself says about this node's addresses (Kubernetes' node-public-ip annotations)."""
+
+    public_ip: IPv4Address | None = None
+    public_ipv6: IPv6Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """What a node wants.
+
+    ``previous`` are the subnets that it had (from subnet.env), preferred while free. With ``keep`` set, nothing but
+    exactly those subnets will do: a node whose data path stands never changes its subnet by itself.
+    """
+
+    identity: NodeIdentity
+    attrs: LeaseAttrs
+    previous: tuple[IPv4Network | None, IPv6Network | None] = (None, None)
+    keep: bool = False
+
+
+class StoreStatus(Protocol):
+    """How the connection fares: read by /readyz and /metrics, from another thread."""
+
+    @property
+    def last_contact(self) -> float | None:
+        """time.monotonic() of the last proof that the watch is alive, None before the first."""
+
+    @property
+    def last_error(self) -> str | None:
+        """The failure that the watch is in now, None while it is well."""
+
+    @property
+    def errors(self) -> dict[str, int]:
+        """Failures so far, by cause; bad keys count under bad_key."""
+
+
+class LeaseStore(Protocol):
+    """Seven verbs. Implementations: ``subnet_lease.etcd``, ``subnet_lease.kube``."""
+
+    @property
+    def status(self) -> StoreStatus: ...
+
+    def read_config(self) -> NetworkConfig:
+        """Read and validate the network configuration."""
+
+    def hints(self) -> NodeHints:
+        """What the store says about this node's addresses."""
+
+    def find_own(self, request: LeaseRequest) -> Lease | None:
+        """The lease that this node would be given back, without claiming it: its VTEP MAC is ours (ADR on identity)."""
+
+    def acquire(self, config: NetworkConfig, request: LeaseRequest) -> Lease:
+        """Claim a lease by compare-and-swap, or take our own back, publishing ``request.attrs``."""
+
+    def renew(self, lease: Lease) -> float:
+        """Keep the lease alive without rewriting it; seconds until it must be renewed again. LeaseLost if it is gone."""
+
+    def publish(self, lease: Lease, attrs: LeaseAttrs) -> Lease:
+        """Rewrite the attributes of our lease if it is still the revision that we read; else LeaseLost."""
+
+    def release(self, lease: Lease) -> None:
+        """Give the subnet back."""
+
+    def watch(self) -> Iterator[LeaseSnapshot]:
+        """Complete snapshots, the first one at once, until ``close``. Survives everything; never raises."""
+
+    def report(self, ready: bool, reasons: tuple[str, ...]) -> None:
+        """Tell the store whether this node's data path works (Kubernetes' NetworkUnavailable); etcd: nothing."""
+
+    def close(self) -> None:
+        """End ``watch`` and drop the connection. The lease stays."""
