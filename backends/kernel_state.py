@@ -94,7 +94,17 @@ class Tun:
     network: str
 
 
-LinkSettings = Vxlan | Wireguard | Ipip | Tun
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Observed only: a device of that name whose kind is another one, or whose settings no record can express.
+
+    ``kind`` is what ``ip -details link`` calls it: "dummy", "bridge", "wireguard", "tun", or "" for hardware.
+    """
+
+    kind: str
+
+
+LinkSettings = Vxlan | Wireguard | Ipip | Tun | Foreign
 
 
 @dataclass(frozen=True, slots=True)
