@@ -37,7 +37,11 @@ class Etcd:
         self.directory = Path(tempfile.mkdtemp(prefix="flanneld-etcd-"))
         self.log = self.directory / "etcd.log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def endpoint(self) -> str:

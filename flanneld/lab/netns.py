@@ -71,23 +71,23 @@ class Namespace:
         if hostname is not None:
             script = 'hostname "$1"; shift; exec "$@"'
             argv = ["unshare", "--uts", "--", "sh", "-c", script, "sh", hostname, *argv]
-        out = log.open("ab") if log else subprocess.DEVNULL
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-        )
+        with (log or Path(os.devnull)).open("ab") as out:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
         self._processes.append(process)
         return process
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Move this thread into the namespace; sockets opened here belong to it."""
-        task = f"/proc/self/task/{threading.get_native_id()}/ns/net"
-        with open(task, "rb") as before:
+        task = Path(f"/proc/self/task/{threading.get_native_id()}/ns/net")
+        with task.open("rb") as before:
             netns.setns(str(self.path))
             try:
                 yield
@@ -123,9 +123,6 @@ def end(process: subprocess.Popen[bytes], sig: int = signal.SIGTERM, timeout: fl
 
 def veth(a: Namespace, a_dev: str, b: Namespace, b_dev: str, mtu: int = 1500) -> None:
     """A cable between two namespaces, both ends up."""
-    run(
-        ["ip", "link", "add", a_dev, "mtu", str(mtu), "netns", a.name, "type", "veth"]
-        + ["peer", "name", b_dev, "mtu", str(mtu), "netns", b.name]
-    )
+    run(f"ip link add {a_dev} mtu {mtu} netns {a.name} type veth peer name {b_dev} mtu {mtu} netns {b.name}".split())
     a.run(f"ip link set {a_dev} up")
     b.run(f"ip link set {b_dev} up")
