@@ -96,3 +96,20 @@ class Backend(Protocol):
 
     def peer_state(self, host: Host, peer: Lease) -> Iterable[Record]:
         """What reaches one peer. Raises PeerRefused."""
+
+
+def peer_address(host: Host, peer: Lease, family: Family) -> IPAddress:
+    """Where to send to ``peer``; PeerRefused for an address that cannot be another host's."""
+    address = peer.attrs.public_ip_of(family)
+    if address is None:
+        raise PeerRefused(f"lease {peer.key} publishes no IPv{family} address")
+    if address.is_unspecified or address.is_loopback or address.is_multicast:
+        raise PeerRefused(f"lease {peer.key} publishes {address}, which is no host's address")
+    if address in (host.underlay.local.get(family), host.underlay.public.get(family)):
+        raise PeerRefused(f"lease {peer.key} publishes {address}, which is this node's own address")
+    return address
+
+
+def on_link(host: Host, address: IPAddress) -> bool:
+    """Whether ``address`` is reached without a gateway through the underlay interface."""
+    return any(address.version == prefix.version and address in prefix for prefix in host.underlay.prefixes)

@@ -1,0 +1,151 @@
+"""Pure: what this host should have in its kernel, kept up to date lease by lease.
+
+One ``DesiredState`` holds for one standing of this node (its configuration, backend, underlay and own lease); when
+that changes, a new one is made. ``update`` takes complete snapshots and costs a pointer comparison for each lease
+that did not change and one call of the backend for each that did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from backends.backend import Backend, Host, PeerRefused
+from backends.kernel_state import Firewall, KernelState, Key, Link, Record, Route, Scope, Sysctl
+from subnet_lease.lease import FAMILIES, IPNetwork, Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What this node is at the moment: everything that the desired state depends on, except the peers."""
+
+    backend: Backend
+    host: Host
+    lease: Lease
+    firewalls: tuple[Firewall, ...] = ()
+    blackhole: bool = False
+    former_networks: tuple[IPNetwork, ...] = ()
+    """Networks that this node was part of before (from subnet.env); what is left of them is ours to remove."""
+    instance: str = ""
+
+
+BLACKHOLE_METRIC = 4096
+"""Behind the bridge's own route (metric 0), which must win while it is there."""
+
+
+class DesiredState:
+    """The desired records by key, and why some peers have none."""
+
+    def __init__(self, standing: Standing) -> None:
+        self.standing = standing
+        host = standing.host
+        self.networks: tuple[IPNetwork, ...] = tuple(
+            n for n in (host.config.network_of(f) for f in FAMILIES) if n is not None
+        )
+        self._records: dict[Key, Record] = {}
+        self._owner: dict[Key, str] = {}
+        self._leases: Mapping[str, Lease] = {}
+        self._peers: dict[str, tuple[Record, ...]] = {}
+        self.refused: dict[str, str] = {}
+        for record in self._host_records():
+            self._records[record.key] = record
+        self.scope = Scope(
+            devices=frozenset(r.name for r in self._records.values() if isinstance(r, Link)),
+            networks=tuple(str(n) for n in (*self.networks, *standing.former_networks)),
+            instance=standing.instance,
+            firewall=standing.firewalls,
+            sysctls=tuple(r.path for r in self._records.values() if isinstance(r, Sysctl)),
+        )
+
+    @property
+    def state(self) -> KernelState:
+        return self._records
+
+    @property
+    def peers(self) -> int:
+        """How many peers have records."""
+        return len(self._peers)
+
+    def update(self, leases: Mapping[str, Lease]) -> set[Key]:
+        """Follow a snapshot; the keys of records that came, went or changed."""
+        if leases is self._leases:
+            return set()
+        before = self._leases
+        changed = [key for key, lease in leases.items() if before.get(key) is not lease]
+        gone = [key for key in before if key not in leases]
+        touched: set[Key] = set()
+        for key in gone:
+            touched |= self._withdraw(key)
+        for key in changed:
+            touched |= self._admit(leases[key])
+        if touched and self.refused:
+            # What a refused peer collided with may be gone now.
+            for key in [k for k in self.refused if k in leases and k not in changed]:
+                touched |= self._admit(leases[key])
+        self._leases = leases
+        return touched
+
+    def _host_records(self) -> Iterable[Record]:
+        yield from self.standing.backend.host_state(self.standing.host)
+        yield from self.standing.firewalls
+        if self.standing.blackhole:
+            for subnet in self.standing.host.subnets.values():
+                yield Route(str(subnet), None, type="blackhole", metric=BLACKHOLE_METRIC, protocol=241)
+
+    def _admit(self, lease: Lease) -> set[Key]:
+        if lease.key == self.standing.lease.key or not self.standing.backend.accepts(lease):
+            return self._withdraw(lease.key)
+        try:
+            self._check(lease)
+            records = tuple(self.standing.backend.peer_state(self.standing.host, lease))
+            self._check_collisions(lease.key, records)
+        except PeerRefused as refusal:
+            touched = self._withdraw(lease.key)
+            self.refused[lease.key] = str(refusal)
+            return touched
+        old = {record.key: record for record in self._peers.get(lease.key, ())}
+        new = {record.key: record for record in records}
+        touched = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+        for key in old.keys() - new.keys():
+            self._records.pop(key, None)
+            self._owner.pop(key, None)
+        self._records.update(new)
+        self._owner.update(dict.fromkeys(new, lease.key))
+        self._peers[lease.key] = records
+        self.refused.pop(lease.key, None)
+        return touched
+
+    def _withdraw(self, lease_key: str) -> set[Key]:
+        self.refused.pop(lease_key, None)
+        touched: set[Key] = set()
+        for record in self._peers.pop(lease_key, ()):
+            self._records.pop(record.key, None)
+            self._owner.pop(record.key, None)
+            touched.add(record.key)
+        return touched
+
+    def _check(self, lease: Lease) -> None:
+        """Refuse a subnet outside the network, or one that overlaps our own."""
+        for family in FAMILIES:
+            subnet = lease.subnet_of(family)
+            network = self.standing.host.config.network_of(family)
+            if subnet is None or network is None:
+                continue
+            if not subnet.subnet_of(network):  # type: ignore[arg-type]
+                raise PeerRefused(f"lease {lease.key} lies outside the network {network}")
+            own = self.standing.host.subnets.get(family)
+            if own is not None and subnet.overlaps(own):
+                raise PeerRefused(f"lease {lease.key} of {_owner_name(lease)} overlaps this node's own subnet {own}")
+
+    def _check_collisions(self, lease_key: str, records: Iterable[Record]) -> None:
+        for record in records:
+            holder = self._owner.get(record.key)
+            if holder is not None and holder != lease_key:
+                raise PeerRefused(f"lease {lease_key} wants {record}, which belongs to lease {holder}")
+            if holder is None and record.key in self._records:
+                raise PeerRefused(f"lease {lease_key} wants {record}, which belongs to this node")
+
+
+def _owner_name(lease: Lease) -> str:
+    name = lease.attrs.node.name if lease.attrs.node else ""
+    return f"node {name}" if name else f"the node at {lease.attrs.public_ip or lease.attrs.public_ipv6}"

@@ -1,0 +1,61 @@
+"""Pure: which observed records are ours, decided without any memory (docs/architecture.md has the table).
+
+* Links: a device that flannel would name so and that carries an address inside our network. A second daemon's
+  device carries an address of another network, so two daemons never touch each other's.
+* On our devices: every address that is not link-local, permanent neighbour, FDB entry, tunnel peer, and every route
+  that the kernel did not add itself.
+* On other devices: routes with our protocol number, inside our network.
+* Firewall tables and chains, and hooks: by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_network
+
+from backends.kernel_state import (
+    ROUTE_PROTOCOL,
+    Interface,
+    Link,
+    Record,
+    Route,
+    Sysctl,
+    is_flannel_device,
+)
+from flanneld.plan import Owned, device_of
+from subnet_lease.lease import IPNetwork
+
+KERNEL_PROTOCOLS = frozenset({2, 9})
+"""RTPROT_KERNEL and RTPROT_RA: routes that the kernel writes by itself."""
+
+
+def ownership(interfaces: Iterable[Interface], networks: Iterable[IPNetwork], desired_devices: frozenset[str]) -> Owned:
+    """A predicate over observed records: is this ours to remove?"""
+    ours = tuple(networks)
+    devices = desired_devices | {
+        interface.name
+        for interface in interfaces
+        if is_flannel_device(interface.name) and any(within(a.address, ours) for a in interface.addresses)
+    }
+
+    def owned(record: Record) -> bool:
+        if isinstance(record, Link):
+            return record.name in devices
+        if isinstance(record, Sysctl):
+            return False
+        if isinstance(record, Route):
+            if record.protocol in KERNEL_PROTOCOLS:
+                return False
+            if record.dev in devices:
+                return True
+            return record.protocol == ROUTE_PROTOCOL and within(record.dst, ours)
+        device = device_of(record)
+        return device is None or device in devices
+
+    return owned
+
+
+def within(cidr: str, networks: Iterable[IPNetwork]) -> bool:
+    """Whether a CIDR text (host bits allowed) lies inside one of the networks."""
+    inner = ip_network(cidr, strict=False)
+    return any(inner.version == n.version and inner.subnet_of(n) for n in networks)  # type: ignore[arg-type]
