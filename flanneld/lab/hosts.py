@@ -346,6 +346,25 @@ class Lab:
                 daemon.wait_ready(timeout)
         return daemons
 
+    def wait_peers(self, *, device: str = "flannel.1", timeout: float = 20) -> None:
+        """Wait until every host routes to every other through a device."""
+
+        def routes(host: Host) -> int:
+            shown = host.run(f"ip route show dev {device}", check=False) + host.run(
+                f"ip -6 route show dev {device}", check=False
+            )
+            return shown.count(" via ")
+
+        def complete() -> bool:
+            return all(routes(host) >= len(self.hosts) - 1 for host in self.hosts)
+
+        wait_until(complete, timeout, lambda: f"routes on {device}: { {h.name: routes(h) for h in self.hosts} }")
+
+    def forget(self) -> None:
+        """Let everything run on: nothing is closed any more (see ``flanneld.lab.leave``)."""
+        self.hosts = []
+        self._stack.pop_all()
+
     def close(self) -> None:
         for host in reversed(self.hosts):
             with contextlib.suppress(Exception):  # one host that will not go must not keep the others

@@ -1,0 +1,79 @@
+"""The command line of flannelctl. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from flanneld.ctl.output import FAILED, USAGE, Problem, show_problem
+
+COMMANDS: Final = (
+    "config",
+    "leases",
+    "reserve",
+    "release",
+    "status",
+    "doctor",
+    "cleanup",
+    "docker_opts",
+    "cni_conf",
+    "demo",
+)
+"""Modules of this package, in the order of --help. Each has ``register(commands)``, which sets ``run``."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="flannelctl",
+        description="Look at and steer a flannel network: its configuration, its leases, and this node.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"flanneld.ctl.{name}").register(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except Problem as problem:
+        show_problem(problem)
+        return problem.code
+    except BrokenPipeError:
+        # The reader (head, less) has gone; Python must not complain about it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return 128 + 2
+    except Exception as error:
+        known = _explain(error)
+        if known is None:
+            raise
+        show_problem(known)
+        return known.code
+
+
+def _explain(error: Exception) -> Problem | None:
+    """Errors of the rooms below, whose text already names the thing and the remedy; None for our own mistakes."""
+    from flanneld.options import UsageError
+    from subnet_lease.store import StoreError
+
+    if isinstance(error, UsageError):
+        return Problem(str(error), "see flannelctl COMMAND --help", USAGE)
+    if isinstance(error, StoreError):
+        return Problem(str(error))
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""``flannelctl config get|set|check``: the network configuration of a whole cluster."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flanneld.ctl.output import OK, Problem, note, put, put_json
+
+if TYPE_CHECKING:
+    from subnet_lease.lease import Lease
+    from subnet_lease.network_config import NetworkConfig
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from flanneld.ctl.access import add_connection
+
+    parser = commands.add_parser("config", help="read, check and write the network configuration", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="get|set|check", required=True)
+
+    get = verbs.add_parser("get", help="print the stored configuration", allow_abbrev=False)
+    get.add_argument("--json", action="store_true", help="print it as it is understood, with every default filled in")
+    add_connection(get)
+    get.set_defaults(run=run_get)
+
+    write = verbs.add_parser("set", help="check a configuration, then store it", allow_abbrev=False)
+    write.add_argument("source", metavar="FILE|-|JSON", help="a file, - for standard input, or the JSON text itself")
+    add_connection(write)
+    write.set_defaults(run=run_set)
+
+    check = verbs.add_parser("check", help="check a configuration without storing it", allow_abbrev=False)
+    check.add_argument(
+        "source", nargs="?", metavar="FILE|-|JSON", help="as for set; without it, the stored configuration is checked"
+    )
+    check.add_argument("--json", action="store_true", help="print it as it is understood, with every default filled in")
+    add_connection(check)
+    check.set_defaults(run=run_check)
+
+
+def run_get(arguments: argparse.Namespace) -> int:
+    from flanneld.ctl.access import open_access
+
+    with open_access(arguments) as access:
+        text, _ = access.config_text()
+        if arguments.json:
+            put_json(as_json(understood(text, access.config_name)))
+        else:
+            put(text.rstrip("\n"))
+    return OK
+
+
+def run_set(arguments: argparse.Namespace) -> int:
+    from flanneld.ctl.access import open_access
+    from subnet_lease.store import ConfigMissing
+
+    text, name = read_source(arguments.source)
+    config = understood(text, name)
+    with open_access(arguments) as access:
+        try:
+            _, revision = access.config_text()
+        except ConfigMissing:
+            revision = 0
+        _warn(config, access.leases())
+        access.write_config(text, revision)
+        put(f"stored in {access.config_name}: {summary(config)}")
+    return OK
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    from flanneld.ctl.access import open_access
+
+    leases: list[Lease] = []
+    if arguments.source is not None:
+        text, name = read_source(arguments.source)
+    else:
+        with open_access(arguments) as access:
+            text, _ = access.config_text()
+            name, leases = access.config_name, access.leases()
+    config = understood(text, name)
+    _warn(config, leases)
+    if arguments.json:
+        put_json(as_json(config))
+    else:
+        put(f"{name}: good: {summary(config)}")
+    return OK
+
+
+def read_source(source: str) -> tuple[str, str]:
+    """The text of a configuration and what to call it in messages."""
+    if source.lstrip().startswith("{"):
+        return source, "the given text"
+    if source == "-":
+        return sys.stdin.read(), "standard input"
+    try:
+        return Path(source).read_text(), source
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(
+            f"cannot read {source}: {error}", "give a readable JSON file, - for standard input, or the JSON itself"
+        ) from None
+
+
+def understood(text: str, name: str) -> NetworkConfig:
+    """The configuration as every daemon will read it, its backend's options among it. Problem says what is wrong."""
+    from backends.backend import BackendError
+    from backends.registry import make_backend
+    from subnet_lease.network_config import parse_network_config
+
+    try:
+        config = parse_network_config(text)
+        backend = make_backend(config)
+    except (ValueError, BackendError) as error:
+        raise Problem(f"{name}: {error}", "correct it, then try again; nothing was stored") from None
+    return dataclasses.replace(
+        config, unknown_keys=(*config.unknown_keys, *(f"Backend.{key}" for key in backend.unknown_options))
+    )
+
+
+def _warn(config: NetworkConfig, leases: Iterable[Lease]) -> None:
+    for key in config.unknown_keys:
+        note("warning", f"nothing reads the key {key}; is it misspelt?")
+    for text in contradictions(config, leases):
+        note("warning", text)
+
+
+def contradictions(config: NetworkConfig, leases: Iterable[Lease]) -> list[str]:
+    """What existing leases say against a configuration, one sentence a kind, with up to three examples."""
+    from subnet_lease.lease import FAMILIES
+
+    outside: list[str] = []
+    other_size: list[str] = []
+    other_backend: list[str] = []
+    for lease in leases:
+        for family in FAMILIES:
+            network, subnet = config.network_of(family), lease.subnet_of(family)
+            if network is None or subnet is None:
+                continue
+            length = config.subnet_len if family == 4 else config.ipv6_subnet_len
+            if subnet.version != network.version or not subnet.subnet_of(network):  # type: ignore[arg-type]
+                outside.append(str(subnet))
+            elif subnet.prefixlen != length:
+                other_size.append(str(subnet))
+        # udp and alloc write no BackendType (flannel's own habit), and neither does a reservation.
+        kind = lease.attrs.backend_type
+        if kind and kind != config.backend_type:
+            other_backend.append(f"{lease.key} ({kind})")
+    found = []
+    if outside:
+        found.append(f"{_some(outside)} lie outside the network: their nodes will move to another subnet")
+    if other_size:
+        found.append(f"{_some(other_size)} have another size than SubnetLen: they stay until their nodes give them up")
+    if other_backend:
+        found.append(
+            f"{_some(other_backend)} use another backend than {config.backend_type}: nodes cannot reach each other"
+            " until all have switched"
+        )
+    return found
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{len(names)} lease(s) such as {shown}" if len(names) > 3 else f"lease(s) {shown}"
+
+
+def summary(config: NetworkConfig) -> str:
+    """One line: networks, subnet sizes, backend."""
+    parts = []
+    if config.network_of(4) is not None:
+        parts.append(f"{config.network} in /{config.subnet_len} subnets")
+    if config.network_of(6) is not None:
+        parts.append(f"{config.ipv6_network} in /{config.ipv6_subnet_len} subnets")
+    options = "".join(f", {key} {value}" for key, value in config.backend_options.items() if key.lower() != "psk")
+    rules = ", nftables" if config.enable_nftables else ""
+    return f"{' and '.join(parts)}, backend {config.backend_type}{options}{rules}"
+
+
+def as_json(config: NetworkConfig) -> dict[str, Any]:
+    """flannel's spelling, every default filled in."""
+    value: dict[str, Any] = {
+        "EnableIPv4": config.enable_ipv4,
+        "EnableIPv6": config.enable_ipv6,
+        "EnableNFTables": config.enable_nftables,
+    }
+    if config.network_of(4) is not None:
+        value |= {
+            "Network": str(config.network),
+            "SubnetLen": config.subnet_len,
+            "SubnetMin": _address(config.subnet_min),
+            "SubnetMax": _address(config.subnet_max),
+        }
+    if config.network_of(6) is not None:
+        value |= {
+            "IPv6Network": str(config.ipv6_network),
+            "IPv6SubnetLen": config.ipv6_subnet_len,
+            "IPv6SubnetMin": _address(config.ipv6_subnet_min),
+            "IPv6SubnetMax": _address(config.ipv6_subnet_max),
+        }
+    return value | {"Backend": {"Type": config.backend_type, **config.backend_options}}
+
+
+def _address(subnet: Any) -> str | None:
+    return None if subnet is None else str(getattr(subnet, "network_address", subnet))
