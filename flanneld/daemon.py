@@ -1,1 +1,259 @@
-"""To be written: see docs/architecture.md."""
+"""The composition root: makes the parts, starts their threads, and ends them. Nothing imports it but cli.
+
+Threads: *reconciler* (the only one that touches the kernel), *watcher* (snapshots from the store), *keeper* (our
+lease), *http*, and the main thread, which waits for signals and feeds systemd's watchdog.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import structlog
+from prometheus_client import generate_latest
+from prometheus_client.core import Metric
+
+from flanneld.board import Board
+from flanneld.dataplane.assemble import make_dataplane
+from flanneld.http import Answer, HealthServer, as_json, text
+from flanneld.lease_keeper import LeaseKeeper
+from flanneld.notify import notify, watchdog_interval
+from flanneld.open_store import open_store
+from flanneld.options import Options
+from flanneld.outputs import Outputs
+from flanneld.reconciler import Intervals, Reconciler
+from flanneld.status import Health
+from flanneld.telemetry import Metrics, gauge, labelled_counter
+from flanneld.wanted import WantedState, describe
+from subnet_lease.store import LeaseStore, StoreError
+
+log = structlog.get_logger("flanneld")
+
+LOOP_STALL = 30.0
+"""Seconds without a turn of the reconciler after which /healthz says that the daemon hangs."""
+
+REPORT_INTERVAL = 2.0
+"""Seconds between looks at whether the store must be told of our health."""
+
+WATCH_STALL = 60.0
+"""Seconds without a sign of life from the store after which this node is no longer ready."""
+
+
+class Daemon:
+    """One flanneld. ``run`` returns the exit code."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.board = Board()
+        self.health = Health(self._health_changed)
+        self.metrics = Metrics()
+        self.store: LeaseStore = open_store(options)
+        self.keeper = LeaseKeeper(
+            options, self.store, self.board, self.health, lambda cause: self.metrics.errors.labels(cause).inc()
+        )
+        self.outputs = Outputs(options, self.board, self.health)
+        self.wanted: WantedState | None = None
+        self.reconciler: Reconciler | None = None
+        self._ready_told = False
+        self._server: HealthServer | None = None
+        self.metrics.collect_from(self._live_metrics)
+
+    def run(self) -> int:
+        """Serve until a signal or a fault that nothing can heal."""
+        self._install_signals()
+        if self.options.healthz_port:
+            self._server = self._serve()
+        bodies = {"reconciler": self._reconcile, "watcher": self._watch, "keeper": self.keeper.run}
+        if self.options.kube_subnet_mgr and self.options.set_node_network_unavailable:
+            bodies["reporter"] = self._report
+        threads = [
+            threading.Thread(target=self._guard, args=(name, body), name=name, daemon=True)
+            for name, body in bodies.items()
+        ]
+        for thread in threads:
+            thread.start()
+        self._wait()
+        log.info("stopping; the network stays as it is")
+        notify("STOPPING=1")
+        self.store.close()
+        for thread in threads:
+            thread.join(timeout=3)
+        self.outputs.stopped()
+        if self._server is not None:
+            self._server.close()
+        return self.board.exit_code
+
+    # threads
+
+    def _guard(self, name: str, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except Exception:
+            log.exception("a part of the daemon failed; stopping so that it can be restarted", part=name)
+            self.board.stop(1)
+
+    def _reconcile(self) -> None:
+        dataplane = make_dataplane(self.options.instance)
+        try:
+            self.wanted = WantedState(
+                self.board, self.health, self.metrics, dataplane, self.options.iface_can_reach, self._data_path_stands
+            )
+            intervals = Intervals(tick=min(5.0, self.options.iptables_resync), resync=self.options.resync)
+            self.reconciler = Reconciler(dataplane, self.wanted.wanted, self.wanted.report, intervals)
+            self.board.wake_reconciler = self.reconciler.trigger
+            self.reconciler.run(self.board.stopping.is_set)
+        finally:
+            dataplane.close()
+
+    def _watch(self) -> None:
+        for snapshot in self.store.watch():
+            before = self.board.snapshot
+            self.board.snapshot = snapshot
+            self.board.wake_reconciler()
+            lease = self.board.lease
+            if (
+                before is None
+                or lease is None
+                or before.config != snapshot.config
+                or before.leases.get(lease.key) is not snapshot.leases.get(lease.key)
+            ):
+                self.board.wake_keeper()
+            if self.board.stopping.is_set():
+                return
+
+    def _wait(self) -> None:
+        """The main thread's life: watchdog, and the store's condition once a second."""
+        interval = watchdog_interval()
+        next_sign = 0.0
+        while not self.board.stopping.wait(1.0):
+            self._judge_store()
+            now = time.monotonic()
+            if interval is not None and now >= next_sign and self._alive():
+                notify("WATCHDOG=1")
+                next_sign = now + interval
+
+    # health
+
+    def _judge_store(self) -> None:
+        status = self.store.status
+        if status.last_error is not None:
+            self.health.set("store", status.last_error)
+        elif self._watch_age() > WATCH_STALL:
+            self.health.set("store", f"no sign of life from the store for {WATCH_STALL:.0f} s")
+        else:
+            self.health.set("store", None)
+
+    def _watch_age(self) -> float:
+        last = self.store.status.last_contact
+        return 0.0 if last is None else time.monotonic() - last
+
+    def _alive(self) -> bool:
+        return time.monotonic() - self.health.beat < LOOP_STALL
+
+    def _data_path_stands(self) -> None:
+        """After each pass that left nothing to do: tell CNI, Docker and systemd (from the reconciler's thread)."""
+        self.outputs.data_path_stands()
+        if not self._ready_told and self.health.ready:
+            self._ready_told = True
+            self._health_changed()
+
+    def _health_changed(self) -> None:
+        ready, reasons = self.health.ready, self.health.reasons
+        self.outputs.write_status()
+        if ready:
+            lease = self.board.lease
+            subnet = (lease.subnet or lease.ipv6_subnet) if lease else None
+            notify("READY=1", f"STATUS=ready, subnet {subnet}")
+        else:
+            notify(f"STATUS=not ready: {reasons[0].splitlines()[0]}")
+
+    def _report(self) -> None:
+        """Tell the store about this node's health; what could not be told is told again (NetworkUnavailable)."""
+        told: tuple[bool, tuple[str, ...]] | None = None
+        while not self.board.stopping.wait(REPORT_INTERVAL):
+            news = (self.health.ready, self.health.reasons)
+            if news == told:
+                continue
+            try:
+                self.store.report(*news)
+                told = news
+            except StoreError as error:
+                self.metrics.errors.labels(error.cause).inc()
+                log.debug("could not report to the store", error=str(error))
+
+    # http
+
+    def _serve(self) -> HealthServer:
+        routes = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": lambda: (200, "text/plain; version=0.0.4", generate_latest(self.metrics.registry)),
+            "/status": lambda: as_json(self.status()),
+            "/status/desired": self._desired,
+        }
+        return HealthServer(self.options.healthz_ip, self.options.healthz_port, routes)
+
+    def _healthz(self) -> Answer:
+        if self._alive():
+            return text(200, "flanneld is running")
+        return text(503, f"flanneld hangs: no turn of the reconciler for {LOOP_STALL:.0f} s")
+
+    def _readyz(self) -> Answer:
+        self._judge_store()
+        if self.health.ready:
+            return text(200, "flanneld is ready")
+        return text(503, "flanneld is not ready yet\n" + "".join(f"- {r}\n" for r in self.health.reasons))
+
+    def _desired(self) -> Answer:
+        """What should be in the kernel, one record a line, for ``flannelctl status --diff``."""
+        desired = self.wanted.desired if self.wanted else None
+        records = sorted(describe(r) for r in list(desired.state.values())) if desired else []
+        return as_json(records)
+
+    def status(self) -> dict[str, Any]:
+        """Everything about this node, for /status and flannelctl."""
+        return {
+            **self.outputs.summary(),
+            "peers": self.wanted.desired.peers if self.wanted and self.wanted.desired else 0,
+            "refused": dict(self.wanted.desired.refused) if self.wanted and self.wanted.desired else {},
+            "last_pass": self.wanted.last_pass if self.wanted else {},
+            "watch_age": round(self._watch_age(), 3),
+            "store_errors": self.store.status.errors,
+        }
+
+    def _live_metrics(self) -> Iterable[Metric]:
+        status = self.store.status
+        yield from gauge("ready", "1 while this node is ready", float(self.health.ready))
+        if status.last_contact is not None:
+            yield from gauge("watch_age_seconds", "Since the last sign of life from the store", self._watch_age())
+        yield from gauge("lease_age_seconds", "Since our lease was last proven alive", self.keeper.lease_age())
+        yield labelled_counter("store_errors", "Failures of the store, by cause", "cause", status.errors)
+
+    # signals
+
+    def _install_signals(self) -> None:
+        def stop(*_: object) -> None:
+            if self.board.stopping.is_set():
+                os._exit(0)
+            self.board.stop()
+
+        def reload(*_: object) -> None:
+            self.board.reload = True
+            self.board.wake_keeper()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGHUP, reload)
+
+
+def run(options: Options) -> int:
+    """Check what can be checked before any thread starts, then serve."""
+    if os.geteuid() != 0:
+        log.error("flanneld must run as root: it makes network devices and routes (sudo flanneld …)")
+        return 1
+    log.info("flanneld starting", **options.redacted())
+    return Daemon(options).run()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from backends.backend import Backend, Host, PeerRefused
-from backends.kernel_state import Firewall, KernelState, Key, Link, Record, Route, Scope, Sysctl
+from backends.kernel_state import ROUTE_PROTOCOL, Firewall, KernelState, Key, Link, Record, Route, Scope, Sysctl
 from subnet_lease.lease import FAMILIES, IPNetwork, Lease
 
 
@@ -62,6 +62,11 @@ class DesiredState:
         return self._records
 
     @property
+    def leases(self) -> Mapping[str, Lease]:
+        """The leases of the last ``update``."""
+        return self._leases
+
+    @property
     def peers(self) -> int:
         """How many peers have records."""
         return len(self._peers)
@@ -90,7 +95,7 @@ class DesiredState:
         yield from self.standing.firewalls
         if self.standing.blackhole:
             for subnet in self.standing.host.subnets.values():
-                yield Route(str(subnet), None, type="blackhole", metric=BLACKHOLE_METRIC, protocol=241)
+                yield Route(str(subnet), None, type="blackhole", metric=BLACKHOLE_METRIC, protocol=ROUTE_PROTOCOL)
 
     def _admit(self, lease: Lease) -> set[Key]:
         if lease.key == self.standing.lease.key or not self.standing.backend.accepts(lease):

@@ -1,0 +1,37 @@
+"""The command ``flanneld``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import structlog
+
+from flanneld.options import parse
+from flanneld.telemetry import set_up_logging
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, set up the log, run. Exit codes: 0 stopped, 1 cannot work, 2 bad usage."""
+    options, warnings = parse(sys.argv[1:] if argv is None else argv)
+    if options.version:
+        print(f"flanneld {version('flanneld')}")  # noqa: T201 - asked for
+        return 0
+    set_up_logging(options.log_format, options.v)
+    log = structlog.get_logger("flanneld")
+    for warning in warnings:
+        log.warning("environment variable ignored", problem=warning)
+    # Imported late, so that --version, --help and a bad flag cost nothing.
+    from flanneld.daemon import run
+    from subnet_lease.store import StoreError
+
+    try:
+        return run(options)
+    except StoreError as error:
+        log.error(str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""The thread that holds our lease: claims it, publishes what we are, renews it, and takes it back when it is lost.
+
+It also decides what this node *is* (``Standing``): configuration, backend, underlay, lease. Everything is a step that
+looks at what is known now and does what is missing; a step that fails is one condition and a later try. Whatever
+happens to the lease, the standing stays: the data path does not depend on the store.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from pathlib import Path
+
+import structlog
+
+from backends.backend import Backend, BackendError, Host, Underlay
+from backends.registry import backend_class
+from flanneld.board import Board
+from flanneld.desired import Standing
+from flanneld.facts import find_facts
+from flanneld.identity import node_identity
+from flanneld.options import Options
+from flanneld.status import Health
+from flanneld.traffic_rules import firewalls
+from flanneld.underlay import Choice, UnderlayError, View, choose_underlay
+from subnet_lease import subnet_file
+from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease, LeaseAttrs, NodeIdentity
+from subnet_lease.network_config import NetworkConfig
+from subnet_lease.store import (
+    ConfigInvalid,
+    ConfigMissing,
+    LeaseLost,
+    LeaseRequest,
+    LeaseStore,
+    NodeHints,
+    StoreError,
+)
+
+log = structlog.get_logger("flanneld")
+
+RETRY_FIRST = 0.2
+RETRY_LIMIT = 5.0
+"""Seconds between tries while something is missing; so that what heals is seen within five seconds."""
+
+
+class LeaseKeeper:
+    """Runs in a thread of its own (``run``); ``wake`` makes it look again."""
+
+    def __init__(
+        self,
+        options: Options,
+        store: LeaseStore,
+        board: Board,
+        health: Health,
+        count_error: Callable[[str], None],
+    ) -> None:
+        self._options = options
+        self._store = store
+        self._board = board
+        self._health = health
+        self._count_error = count_error
+        self._wakeup = threading.Event()
+        self._hints: NodeHints | None = None
+        self._config: NetworkConfig | None = None
+        self._backend: Backend | None = None
+        self._facts: dict[str, str] = {}
+        self._renew_at = 0.0
+        self._renewed_at: float | None = None
+        self._lost = False
+        self._previous = subnet_file.read(Path(options.subnet_file))
+        board.wake_keeper = self.wake
+
+    def wake(self) -> None:
+        self._wakeup.set()
+
+    def lease_age(self) -> float | None:
+        """Seconds since the store last confirmed our lease, None before the first time."""
+        return None if self._renewed_at is None else time.monotonic() - self._renewed_at
+
+    def run(self) -> None:
+        """Steps until the daemon stops."""
+        delay = RETRY_FIRST
+        while not self._board.stopping.is_set():
+            self._wakeup.clear()
+            pause, failed = self._try_step()
+            if self._board.stopping.is_set():
+                return
+            if failed:
+                pause, delay = delay, min(delay * 2, RETRY_LIMIT)
+                # Not all nodes at once after an outage.
+                pause *= random.uniform(0.8, 1.2)
+            else:
+                delay = RETRY_FIRST
+            self._wakeup.wait(pause)
+            if failed:
+                time.sleep(0.02)
+
+    def _try_step(self) -> tuple[float, bool]:
+        """One step; seconds to wait, and whether something is missing."""
+        try:
+            return self._step(), False
+        except (ConfigInvalid, ConfigMissing, BackendError) as error:
+            self._fail("config", "config_invalid" if isinstance(error, BackendError) else error.cause, error)
+        except UnderlayError as error:
+            self._fail("underlay", "underlay", error)
+        except StoreError as error:
+            self._fail("lease", error.cause, error)
+            if not error.transient and self._board.standing is None:
+                self._board.stop(1)
+        except Exception:
+            # The thread that holds the lease must outlive what nobody thought of.
+            log.exception("unexpected error while keeping the lease; trying again")
+            self._health.set("lease", "unexpected error, see the log")
+            self._count_error("unexpected")
+        return 0.0, True
+
+    def _fail(self, condition: str, cause: str, error: Exception) -> None:
+        self._health.set(condition, str(error))
+        self._count_error(cause)
+
+    def _step(self) -> float:
+        view = self._board.view
+        if view is None:
+            return 1.0
+        if self._board.reload:
+            self._board.reload = False
+            self._config = self._hints = None
+        config = self._follow_config()
+        underlay = self._choose_underlay(view, config)
+        self._health.set("underlay", None)
+        backend = self._follow_backend(config)
+        identity = node_identity(self._options.node_name, view.interfaces, underlay)
+        lease = self._board.lease
+        if lease is None:
+            lease = self._first_claim(config, backend, underlay, identity, view)
+        else:
+            lease = self._follow_lease(config, backend, underlay, identity, lease)
+        self._health.set("config", None)
+        self._health.set("lease", None)
+        return self._renew(lease)
+
+    def _follow_config(self) -> NetworkConfig:
+        """The newest valid configuration; the first is read directly, later ones come with the snapshots."""
+        snapshot = self._board.snapshot
+        if self._config is None:
+            self._config = self._store.read_config()
+        elif snapshot is not None and snapshot.config != self._config:
+            log.info("network configuration changed")
+            self._config = snapshot.config
+        return self._config
+
+    def _choose_underlay(self, view: View, config: NetworkConfig) -> Underlay:
+        if self._hints is None:
+            self._hints = self._store.hints()
+        return choose_underlay(view, make_choice(self._options, config, self._hints))
+
+    def _follow_backend(self, config: NetworkConfig) -> Backend:
+        """The backend of this configuration, made anew only when its part of the configuration changed."""
+        backend = self._backend
+        wanted = (config.backend_type, config.backend_options)
+        if backend is None or wanted != self._backend_made_of:
+            backend = backend_class(config.backend_type)(config.backend_options)
+            for key in (*config.unknown_keys, *(f"Backend.{k}" for k in backend.unknown_options)):
+                log.warning("the network configuration has a key that nothing reads; is it misspelt?", key=key)
+            self._backend, self._backend_made_of = backend, wanted
+            self._facts = {}
+        return backend
+
+    _backend_made_of: tuple[str, object] = ("", None)
+
+    def _first_claim(
+        self, config: NetworkConfig, backend: Backend, underlay: Underlay, identity: NodeIdentity, view: View
+    ) -> Lease:
+        bare = LeaseAttrs(
+            public_ip=underlay.public.get(4),  # type: ignore[arg-type]
+            public_ipv6=underlay.public.get(6),  # type: ignore[arg-type]
+            node=identity,
+        )
+        request = LeaseRequest(identity, bare, self._previous_for(config))
+        own = self._store.find_own(request)
+        self._learn_facts(config, backend, underlay, identity, view, own)
+        attrs = self._attrs(config, backend, underlay, identity)
+        lease = self._store.acquire(config, replace(request, attrs=attrs))
+        log.info(
+            "lease acquired",
+            subnet=str(lease.subnet or lease.ipv6_subnet),
+            **({"ipv6_subnet": str(lease.ipv6_subnet)} if lease.subnet and lease.ipv6_subnet else {}),
+            public_ip=str(attrs.public_ip or attrs.public_ipv6),
+            backend=backend.name,
+            interface=underlay.name,
+        )
+        self._board.lease = lease
+        self._stand(config, backend, underlay, lease)
+        return lease
+
+    def _follow_lease(
+        self, config: NetworkConfig, backend: Backend, underlay: Underlay, identity: NodeIdentity, lease: Lease
+    ) -> Lease:
+        """The kernel first, then the store: a changed underlay must work also while the store is away."""
+        view = self._board.view
+        assert view is not None
+        if not self._facts:
+            self._learn_facts(config, backend, underlay, identity, view, lease)
+        # Whose lease it is does not change with the interface that carries it today.
+        identity = lease.attrs.node or identity
+        attrs = self._attrs(config, backend, underlay, identity)
+        if not self._fits(config, lease):
+            raise ConfigInvalid(
+                f"this node's subnet {lease.subnet or lease.ipv6_subnet} lies outside the configured network; the old"
+                " network keeps running here: drain the node, delete its lease, and restart flanneld"
+            )
+        self._stand(config, backend, underlay, lease)
+        seen = self._seen(lease)
+        if self._lost or seen is None:
+            lease = self._store.acquire(
+                config, LeaseRequest(identity, attrs, (lease.subnet, lease.ipv6_subnet), keep=True)
+            )
+            log.warning("lease was gone; claimed the same subnet again", subnet=str(lease.subnet or lease.ipv6_subnet))
+            self._lost = False
+            self._renew_at = 0.0
+        elif attrs != seen.attrs:
+            lease = self._store.publish(seen, attrs)
+            log.info("published", public_ip=str(attrs.public_ip or attrs.public_ipv6), backend=backend.name)
+        self._board.lease = lease
+        return lease
+
+    def _seen(self, lease: Lease) -> Lease | None:
+        """Our lease as the newest snapshot has it; None if it is gone or another node's."""
+        snapshot = self._board.snapshot
+        if snapshot is None or snapshot.revision < lease.revision:
+            # Older than what we wrote ourselves.
+            return lease
+        seen = snapshot.leases.get(lease.key)
+        if seen is None or seen.revision < lease.revision:
+            return None if seen is None else lease
+        mine, theirs = lease.attrs.node, seen.attrs.node
+        if theirs is None:
+            # Rewritten by a flanneld, or by hand: ours while it names our address.
+            same = all(lease.attrs.public_ip_of(f) == seen.attrs.public_ip_of(f) for f in FAMILIES)
+            return seen if same else None
+        return seen if mine is None or theirs == mine else None
+
+    def _renew(self, lease: Lease) -> float:
+        now = time.monotonic()
+        if now >= self._renew_at:
+            try:
+                self._renew_at = now + self._store.renew(lease)
+                self._renewed_at = time.monotonic()
+            except LeaseLost:
+                self._lost = True
+                raise
+        return max(0.05, self._renew_at - now)
+
+    def _stand(self, config: NetworkConfig, backend: Backend, underlay: Underlay, lease: Lease) -> None:
+        subnets: dict[Family, IPNetwork] = {}
+        for family in FAMILIES:
+            subnet = lease.subnet_of(family)
+            if subnet is not None and config.network_of(family) is not None:
+                subnets[family] = subnet
+        standing = Standing(
+            backend=backend,
+            host=Host(underlay, config, subnets, self._facts),
+            lease=lease,
+            firewalls=firewalls(
+                config,
+                subnets,
+                ip_masq=self._options.ip_masq,
+                forward_rules=self._options.iptables_forward_rules,
+                random_fully=not self._options.ip_masq_fully_random_disable,
+                instance=self._options.instance,
+            ),
+            blackhole=self._options.ip_blackhole_route,
+            former_networks=self._former_networks(config),
+            instance=self._options.instance,
+        )
+        old = self._board.standing
+        if old is None or replace(old, lease=lease) != standing:
+            self._board.standing = standing
+            self._board.wake_reconciler()
+
+    def _learn_facts(
+        self,
+        config: NetworkConfig,
+        backend: Backend,
+        underlay: Underlay,
+        identity: NodeIdentity,
+        view: View,
+        own: Lease | None,
+    ) -> None:
+        self._facts = find_facts(backend, self._options, config, underlay, identity, view.interfaces, own)
+
+    def _attrs(self, config: NetworkConfig, backend: Backend, underlay: Underlay, identity: NodeIdentity) -> LeaseAttrs:
+        published = backend.published(Host(underlay, config, {}, self._facts))
+        return LeaseAttrs(
+            public_ip=underlay.public.get(4),  # type: ignore[arg-type]
+            public_ipv6=underlay.public.get(6),  # type: ignore[arg-type]
+            backend_type=published.backend_type,
+            backend_data=published.data,
+            backend_v6_data=published.v6_data,
+            node=identity,
+        )
+
+    def _previous_for(self, config: NetworkConfig) -> tuple[IPv4Network | None, IPv6Network | None]:
+        """The subnets of subnet.env that lie in today's network."""
+        v4, v6 = self._previous.subnet, self._previous.ipv6_subnet
+        net4, net6 = config.network_of(4), config.network_of(6)
+        return (
+            v4 if v4 is not None and isinstance(net4, IPv4Network) and v4.subnet_of(net4) else None,
+            v6 if v6 is not None and isinstance(net6, IPv6Network) and v6.subnet_of(net6) else None,
+        )
+
+    def _former_networks(self, config: NetworkConfig) -> tuple[IPNetwork, ...]:
+        now = {config.network_of(family) for family in FAMILIES}
+        then = (self._previous.network, self._previous.ipv6_network)
+        return tuple(n for n in then if n is not None and n not in now)
+
+    @staticmethod
+    def _fits(config: NetworkConfig, lease: Lease) -> bool:
+        for family in FAMILIES:
+            subnet, network = lease.subnet_of(family), config.network_of(family)
+            if subnet is not None and network is not None and not subnet.subnet_of(network):  # type: ignore[arg-type]
+                return False
+        return True
+
+
+def make_choice(options: Options, config: NetworkConfig, hints: NodeHints) -> Choice:
+    """What the operator asked for; the store's node-public-ip annotations come before the flags, as in flannel."""
+    public: dict[Family, IPAddress] = {}
+    if hints.public_ip is not None:
+        public[4] = hints.public_ip
+    elif options.public_ip:
+        public[4] = ip_address(options.public_ip)
+    if hints.public_ipv6 is not None:
+        public[6] = hints.public_ipv6
+    elif options.public_ipv6:
+        public[6] = ip_address(options.public_ipv6)
+    families = tuple(f for f in FAMILIES if config.network_of(f) is not None)
+    return Choice(
+        families=families,
+        iface=options.iface,
+        iface_regex=options.iface_regex,
+        can_reach=options.iface_can_reach,
+        public={f: a for f, a in public.items() if f in families},
+    )

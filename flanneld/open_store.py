@@ -1,0 +1,38 @@
+"""Open the store that the options name. Each client library is imported only when its store is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flanneld.options import Options
+from subnet_lease.store import LeaseStore
+
+
+def open_store(options: Options) -> LeaseStore:
+    """The store; it connects when it is first asked. SetupError for what can never work."""
+    if options.kube_subnet_mgr:
+        return _open_kube(options)
+    from subnet_lease.etcd import EtcdStore
+
+    return EtcdStore(
+        options.etcd_endpoints,
+        options.etcd_prefix,
+        keyfile=options.etcd_keyfile,
+        certfile=options.etcd_certfile,
+        cafile=options.etcd_cafile,
+        username=options.etcd_username,
+        password=options.etcd_password,
+        renew_margin_minutes=options.subnet_lease_renew_margin,
+    )
+
+
+def _open_kube(options: Options) -> LeaseStore:
+    from subnet_lease.kube import KubeStore
+
+    return KubeStore(
+        node_name=options.node_name,
+        kubeconfig=options.kubeconfig_file,
+        api_url=options.kube_api_url,
+        annotation_prefix=options.kube_annotation_prefix,
+        net_config_path=Path(options.net_config_path),
+    )

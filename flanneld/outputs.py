@@ -1,0 +1,119 @@
+"""What this node leaves on disk for others: subnet.env for CNI and Docker, the status file, and a CNI conflist."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from backends.backend import Underlay
+from backends.kernel_state import Link
+from flanneld.board import Board
+from flanneld.desired import Standing
+from flanneld.options import Options
+from flanneld.status import Health, write_status_file
+from subnet_lease import subnet_file
+from subnet_lease.lease import FAMILIES
+
+STATUS_FILE = "flanneld-status.json"
+"""Beside subnet.env; the format stands in docs/cni.md."""
+
+
+class Outputs:
+    """Writes when something changed, and only then."""
+
+    def __init__(self, options: Options, board: Board, health: Health) -> None:
+        self._subnet_file = Path(options.subnet_file)
+        self._status_file = self._subnet_file.with_name(STATUS_FILE)
+        self._options = options
+        self._board = board
+        self._health = health
+        self._written: Standing | None = None
+        self._lock = threading.Lock()
+
+    def data_path_stands(self) -> None:
+        """Write subnet.env, once the kernel has what it promises (from the reconciler's thread)."""
+        standing = self._board.standing
+        if standing is None or standing is self._written:
+            return
+        try:
+            subnet_file.write(self._subnet_file, subnet_env(standing, self._options.ip_masq))
+            if self._options.cni_conf:
+                from flanneld.ctl.cni_conf import write_conflist
+
+                write_conflist(Path(self._options.cni_conf), self._subnet_file)
+        except OSError as error:
+            self._health.set("subnet_file", f"cannot write {error.filename or self._subnet_file}: {error.strerror}")
+            return
+        self._written = standing
+        self._health.set("subnet_file", None)
+        self.write_status()
+
+    def write_status(self) -> None:
+        """Write the status file; a failure is no fault of the network and shows in subnet.env's place anyway."""
+        with self._lock:
+            try:
+                write_status_file(self._status_file, self.summary())
+            except OSError as error:
+                self._health.set("subnet_file", f"cannot write {self._status_file}: {error.strerror}")
+
+    def stopped(self) -> None:
+        """Say that nobody keeps this up any more; the subnet stays valid."""
+        with self._lock:
+            try:
+                write_status_file(self._status_file, {**self.summary(), "pid": None})
+            except OSError:
+                return
+
+    def summary(self) -> dict[str, Any]:
+        """The status file's contents."""
+        standing = self._board.standing
+        base: dict[str, Any] = {
+            "pid": os.getpid(),
+            "ready": self._health.ready,
+            "reasons": list(self._health.reasons),
+            "node": self._options.node_name,
+            "subnet": None,
+            "ipv6_subnet": None,
+        }
+        if standing is None:
+            return base
+        host, lease = standing.host, standing.lease
+        return {
+            **base,
+            "subnet": str(lease.subnet) if lease.subnet else None,
+            "ipv6_subnet": str(lease.ipv6_subnet) if lease.ipv6_subnet else None,
+            "reservation": lease.reservation,
+            "backend": standing.backend.name,
+            "mtu": mtu_of(standing),
+            "devices": [r.name for r in standing.backend.host_state(host) if isinstance(r, Link)],
+            "vtep_mac": host.facts.get("vtep_mac"),
+            **_underlay(host.underlay),
+        }
+
+
+def _underlay(underlay: Underlay) -> dict[str, Any]:
+    return {
+        "interface": underlay.name,
+        "local": [str(a) for a in underlay.local.values()],
+        "public": [str(a) for a in underlay.public.values()],
+    }
+
+
+def mtu_of(standing: Standing) -> int:
+    return standing.backend.mtu(standing.host.underlay, standing.host.families)
+
+
+def subnet_env(standing: Standing, ip_masq: bool) -> subnet_file.SubnetFile:
+    """subnet.env for this standing; a family's lines only where it runs."""
+    host = standing.host
+    network = {f: host.config.network_of(f) for f in FAMILIES if f in host.subnets}
+    return subnet_file.SubnetFile(
+        network=network.get(4),
+        subnet=host.subnets.get(4),
+        ipv6_network=network.get(6),
+        ipv6_subnet=host.subnets.get(6),
+        mtu=mtu_of(standing),
+        ip_masq=ip_masq,
+    )

@@ -1,0 +1,86 @@
+"""What is wrong at the moment, and what this node is: the source of /readyz, /status and the status file.
+
+A condition is a name with a reason, or no reason when all is well. Setting one logs each transition once, so that a
+fault that lasts is one line, and its end another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger("flanneld")
+
+CONDITIONS = ("config", "underlay", "lease", "store", "kernel", "subnet_file")
+"""In the order in which they are shown: the first is most often the cause of those after it."""
+
+WAITING = {
+    "lease": "no lease yet",
+    "kernel": "the kernel has not been programmed yet",
+}
+
+
+class Health:
+    """The conditions. Any thread may set or read them."""
+
+    def __init__(self, on_change: Callable[[], None] = lambda: None) -> None:
+        self._lock = threading.Lock()
+        self._reasons: dict[str, str] = dict(WAITING)
+        self._started = time.monotonic()
+        self.on_change = on_change
+        self.beat = time.monotonic()
+        """time.monotonic() of the reconciler's last turn: proof that the loop lives."""
+
+    def set(self, condition: str, reason: str | None, *, level: str = "error", **details: Any) -> None:
+        """Record the state of a condition; None means that all is well."""
+        with self._lock:
+            before = self._reasons.get(condition)
+            if before == reason:
+                return
+            if reason is None:
+                del self._reasons[condition]
+            else:
+                self._reasons[condition] = reason
+        if reason is not None:
+            getattr(log, level)(reason, condition=condition, **details)
+        elif before != WAITING.get(condition):
+            log.info("recovered", condition=condition, was=before)
+        self.on_change()
+
+    def reason(self, condition: str) -> str | None:
+        with self._lock:
+            return self._reasons.get(condition)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why this node is not ready, in order of cause; empty when it is."""
+        with self._lock:
+            known = [name for name in CONDITIONS if name in self._reasons]
+            return tuple(f"{name}: {self._reasons[name]}" for name in known)
+
+    @property
+    def ready(self) -> bool:
+        return not self.reasons
+
+
+def write_status_file(path: Path, status: dict[str, Any]) -> None:
+    """Replace the file that the CNI plugin and flannelctl read (format: docs/cni.md), readable by all."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".status-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(status, file, separators=(",", ":"))
+            file.write("\n")
+            os.fchmod(file.fileno(), 0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

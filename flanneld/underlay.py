@@ -1,0 +1,195 @@
+"""Pure: which interface and addresses carry the tunnels (flannel's pkg/ipmatch/match.go, with reasons).
+
+Order: --iface by name or address, --iface-regex against addresses, then names, --iface-can-reach, a local
+--public-ip, the default route's interface, and at last (without a default route) the only candidate there is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_interface
+
+from backends.backend import Underlay
+from backends.kernel_state import Interface, InterfaceAddress, RouteLookup, is_flannel_device
+from subnet_lease.lease import Family, IPAddress, IPNetwork
+
+LINK_SCOPE = 253
+"""RT_SCOPE_LINK (include/uapi/linux/rtnetlink.h)."""
+
+_NOT_UNDERLAY = re.compile(r"(cni|docker|veth|cali|br-|virbr|kube-|nodelocaldns|lxc|podman)")
+
+
+class UnderlayError(Exception):
+    """No interface fits. The text lists those seen, why each was passed over, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the kernel says of this host: its interfaces, its default routes, its way to --iface-can-reach."""
+
+    interfaces: tuple[Interface, ...] = ()
+    default: Mapping[Family, RouteLookup] = field(default_factory=dict)
+    reach: RouteLookup | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the operator asked for, from the flags and the store's hints."""
+
+    families: tuple[Family, ...]
+    iface: tuple[str, ...] = ()
+    iface_regex: tuple[str, ...] = ()
+    can_reach: str = ""
+    public: Mapping[Family, IPAddress] = field(default_factory=dict)
+
+
+def choose_underlay(view: View, choice: Choice) -> Underlay:
+    """The interface, its address for each family, and the published addresses. Raises UnderlayError."""
+    interface, preferred = _choose_interface(view, choice)
+    local: dict[Family, IPAddress] = {}
+    for family in choice.families:
+        named = preferred if preferred is not None and preferred.version == family else None
+        address = named or best_address(interface, family, choice.public.get(family))
+        if address is None:
+            raise UnderlayError(
+                f"interface {interface.name} has no usable IPv{family} address;"
+                f" add one, choose another with --iface, or turn EnableIPv{family} off\n{_seen(view, choice)}"
+            )
+        local[family] = address
+    return Underlay(
+        name=interface.name,
+        mtu=interface.mtu,
+        local=local,
+        public={family: choice.public.get(family, local[family]) for family in choice.families},
+        prefixes=_prefixes(interface),
+    )
+
+
+def best_address(interface: Interface, family: Family, wanted: IPAddress | None = None) -> IPAddress | None:
+    """``wanted`` if the interface has it, else global before link-local, permanent before not, lasting before temporary."""
+    usable = [(ip_interface(a.address).ip, a) for a in interface.addresses if not a.deprecated]
+    usable = [(ip, a) for ip, a in usable if ip.version == family and not ip.is_loopback and not ip.is_multicast]
+    if any(ip == wanted for ip, _ in usable):
+        return wanted
+    usable.sort(key=lambda pair: _badness(pair[0], pair[1]))
+    return usable[0][0] if usable else None
+
+
+def _badness(ip: IPAddress, address: InterfaceAddress) -> tuple[bool, bool, bool, bool]:
+    return (
+        ip.is_link_local or address.scope >= LINK_SCOPE,
+        not address.permanent,
+        address.temporary,
+        address.secondary,
+    )
+
+
+def _prefixes(interface: Interface) -> tuple[IPNetwork, ...]:
+    networks = (ip_interface(a.address).network for a in interface.addresses)
+    return tuple(n for n in networks if n.prefixlen < n.max_prefixlen and not n.network_address.is_link_local)
+
+
+def _choose_interface(view: View, choice: Choice) -> tuple[Interface, IPAddress | None]:
+    """The interface, and the address by which the operator named it, if so."""
+    candidates = [i for i in view.interfaces if i.up and not i.loopback]
+    if choice.iface or choice.iface_regex:
+        for wanted in choice.iface:
+            for interface in candidates:
+                address = _as_address(wanted)
+                if interface.name == wanted or (address is not None and address in _addresses(interface)):
+                    return interface, address
+        for pattern in choice.iface_regex:
+            found = _match_regex(pattern, candidates)
+            if found is not None:
+                return found
+        asked = [f"--iface={x}" for x in choice.iface] + [f"--iface-regex={x}" for x in choice.iface_regex]
+        raise UnderlayError(f"no interface matches {', '.join(asked)}\n{_seen(view, choice)}")
+    if choice.can_reach:
+        if view.reach is None or view.reach.dev == "lo":
+            raise UnderlayError(
+                f"--iface-can-reach={choice.can_reach}: no route to it; add one or use --iface\n{_seen(view, choice)}"
+            )
+        source = _as_address(view.reach.src) if view.reach.src else None
+        return _by_name(view, choice, view.reach.dev), source
+    for interface in candidates:
+        for ip in choice.public.values():
+            if ip in _addresses(interface):
+                return interface, ip
+    return _by_default_route(view, choice, candidates), None
+
+
+def _match_regex(pattern: str, candidates: Iterable[Interface]) -> tuple[Interface, IPAddress | None] | None:
+    expression = re.compile(pattern)
+    for interface in candidates:
+        for address in _addresses(interface):
+            if expression.search(str(address)):
+                return interface, address
+    for interface in candidates:
+        if expression.search(interface.name):
+            return interface, None
+    return None
+
+
+def _by_default_route(view: View, choice: Choice, candidates: list[Interface]) -> Interface:
+    names = {view.default[f].dev for f in choice.families if f in view.default}
+    if len(names) == 1:
+        return _by_name(view, choice, names.pop())
+    if len(names) > 1:
+        # Dual stack with two uplinks: an interface that has addresses of both families settles it.
+        for name in sorted(names):
+            interface = _by_name(view, choice, name)
+            if all(best_address(interface, f) for f in choice.families):
+                return interface
+        raise UnderlayError(
+            f"the default routes of IPv4 and IPv6 use different interfaces ({', '.join(sorted(names))});"
+            f" choose one with --iface\n{_seen(view, choice)}"
+        )
+    fitting = [i for i in candidates if _passed_over(i, choice) is None]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise UnderlayError(
+        "no default route, and "
+        + ("more than one interface could carry the tunnels" if fitting else "no interface can carry the tunnels")
+        + f"; choose one with --iface\n{_seen(view, choice)}"
+    )
+
+
+def _by_name(view: View, choice: Choice, name: str) -> Interface:
+    for interface in view.interfaces:
+        if interface.name == name:
+            return interface
+    raise UnderlayError(f"interface {name} is gone\n{_seen(view, choice)}")
+
+
+def _passed_over(interface: Interface, choice: Choice) -> str | None:
+    """Why an interface is no candidate by itself, None if it is one."""
+    if interface.loopback:
+        return "loopback"
+    if not interface.up:
+        return "down"
+    if is_flannel_device(interface.name) or _NOT_UNDERLAY.match(interface.name) or interface.kind == "bridge":
+        return "carries containers, not hosts"
+    lacking = [f"IPv{f}" for f in choice.families if best_address(interface, f) is None]
+    return f"no {' and no '.join(lacking)} address" if lacking else None
+
+
+def _seen(view: View, choice: Choice) -> str:
+    lines = []
+    for interface in view.interfaces:
+        addresses = ", ".join(a.address for a in interface.addresses) or "no address"
+        reason = _passed_over(interface, choice) or "usable with --iface=" + interface.name
+        lines.append(f"  {interface.name} ({addresses}): {reason}")
+    return "interfaces seen:\n" + "\n".join(lines) if lines else "no interfaces seen"
+
+
+def _addresses(interface: Interface) -> list[IPAddress]:
+    return [ip_interface(a.address).ip for a in interface.addresses]
+
+
+def _as_address(text: str) -> IPAddress | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None

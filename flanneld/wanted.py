@@ -1,0 +1,213 @@
+"""The reconciler's two callbacks: what should be, and what was done. Both run in the reconciler's thread."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import structlog
+
+from backends.backend import BackendError
+from backends.kernel_state import Change, Key, Kind, Observation, Record, RouteLookup
+from flanneld.board import Board
+from flanneld.desired import DesiredState
+from flanneld.ownership import ownership
+from flanneld.plan import Owned
+from flanneld.reconciler import PassResult, Wanted
+from flanneld.status import Health
+from flanneld.telemetry import Metrics
+from flanneld.underlay import View
+from subnet_lease.lease import FAMILIES, Lease
+
+log = structlog.get_logger("flanneld")
+
+LOOKUP_INTERVAL = 5.0
+"""Seconds between looks at the default route, which may change without any link or address changing."""
+
+FEW = 5
+"""Up to so many events get a line each; more get one together."""
+
+
+class Lookups(Protocol):
+    """What of the dataplane the choice of the underlay needs."""
+
+    def lookup(self, address: str) -> RouteLookup | None: ...
+    def default_route(self, family: int) -> RouteLookup | None: ...
+
+
+class WantedState:
+    """Answers the reconciler from what the board shows."""
+
+    def __init__(
+        self, board: Board, health: Health, metrics: Metrics, lookups: Lookups, can_reach: str, done: Callable[[], None]
+    ) -> None:
+        self._board = board
+        self._health = health
+        self._metrics = metrics
+        self._lookups = lookups
+        self._can_reach = can_reach
+        self._done = done
+        self._looked_at = 0.0
+        self._desired: DesiredState | None = None
+        self._owned: tuple[object, object, Owned] | None = None
+        self._refused: dict[str, str] = {}
+        self.last_pass: dict[str, Any] = {}
+
+    @property
+    def desired(self) -> DesiredState | None:
+        return self._desired
+
+    def wanted(self, observed: Observation) -> Wanted | None:
+        """What should be, as far as it is known. None: touch nothing."""
+        self._health.beat = time.monotonic()
+        self._show_view(observed)
+        standing, snapshot = self._board.standing, self._board.snapshot
+        if standing is None or snapshot is None:
+            return None
+        desired, fresh = self._desired, False
+        if desired is None or desired.standing is not standing:
+            try:
+                desired, fresh = DesiredState(standing), True
+            except BackendError as error:
+                # What ran before goes on.
+                self._health.set("config", str(error))
+                self._metrics.errors.labels("config_invalid").inc()
+                if desired is None:
+                    return None
+        before = {} if fresh else desired.leases
+        touched = desired.update(snapshot.leases)
+        if touched or fresh:
+            self._log_peers(before, snapshot.leases, desired, quiet=fresh)
+        self._desired = desired
+        self._show_refused(desired)
+        self._metrics.peers.set(desired.peers)
+        changed = None if fresh else frozenset(touched)
+        return Wanted(desired.state, desired.scope, changed, self._ownership(observed, desired))
+
+    def report(self, result: PassResult) -> None:
+        """Turn a pass into log lines, metrics and the kernel condition."""
+        metrics = self._metrics
+        self._health.beat = time.monotonic()
+        metrics.passes.inc()
+        metrics.seconds.observe(result.seconds)
+        for change in result.changes:
+            metrics.changes.labels(_kind(change.record.key), change.op).inc()
+        for change in result.repairs:
+            metrics.repairs.labels(_kind(change.record.key)).inc()
+        for failure in result.failures:
+            metrics.errors.labels(failure.cause).inc()
+        if result.blind:
+            metrics.errors.labels("observe").inc()
+        if result.changes:
+            self.last_pass = {
+                "at": time.time(),
+                "changes": len(result.changes),
+                "failures": len(result.failures),
+                "seconds": round(result.seconds, 6),
+            }
+            self._log_changes(result)
+        self._judge(result)
+
+    def _judge(self, result: PassResult) -> None:
+        if result.blind:
+            self._health.set("kernel", result.blind)
+        elif result.failures:
+            first = result.failures[0].message
+            more = len(result.failures) + result.skipped - 1
+            self._health.set("kernel", first if more == 0 else f"{first} (and {more} more)")
+        elif result.complete:
+            self._health.set("kernel", None)
+            self._done()
+
+    def _show_view(self, observed: Observation) -> None:
+        now = time.monotonic()
+        view = self._board.view
+        same = view is not None and view.interfaces is observed.interfaces
+        if same and now - self._looked_at < LOOKUP_INTERVAL:
+            return
+        self._looked_at = now
+        default = {f: found for f in FAMILIES if (found := self._lookups.default_route(f)) is not None}
+        reach = self._lookups.lookup(self._can_reach) if self._can_reach else None
+        new = View(observed.interfaces, default, reach)
+        if new != view:
+            self._board.view = new
+            self._board.wake_keeper()
+        elif not same:
+            self._board.view = new
+
+    def _ownership(self, observed: Observation, desired: DesiredState) -> Owned:
+        cached = self._owned
+        if cached is None or cached[0] is not observed.interfaces or cached[1] is not desired:
+            networks = (*desired.networks, *desired.standing.former_networks)
+            owned = ownership(observed.interfaces, networks, desired.scope.devices)
+            cached = self._owned = (observed.interfaces, desired, owned)
+        return cached[2]
+
+    def _log_peers(
+        self, before: Mapping[str, Lease], after: Mapping[str, Lease], desired: DesiredState, *, quiet: bool
+    ) -> None:
+        own = desired.standing.lease.key
+        came = [key for key in after if key not in before and key != own]
+        went = [key for key in before if key not in after and key != own]
+        if quiet or len(came) + len(went) > FEW:
+            log.info("peers", joined=len(came), left=len(went), now=desired.peers)
+            return
+        for key in came:
+            attrs = after[key].attrs
+            name = {"node": attrs.node.name} if attrs.node else {}
+            log.info("peer joined", subnet=key, public_ip=str(attrs.public_ip or attrs.public_ipv6), **name)
+        for key in went:
+            log.info("peer left", subnet=key)
+
+    def _show_refused(self, desired: DesiredState) -> None:
+        if desired.refused == self._refused:
+            return
+        for key, reason in desired.refused.items():
+            if self._refused.get(key) != reason:
+                log.warning("peer refused; its owner must mend its lease", reason=reason)
+                self._metrics.errors.labels("peer_refused").inc()
+        for key in self._refused.keys() - desired.refused.keys():
+            log.info("peer no longer refused", subnet=key)
+        self._refused = dict(desired.refused)
+        self._metrics.refused.set(len(self._refused))
+
+    def _log_changes(self, result: PassResult) -> None:
+        repairs = result.repairs
+        if repairs:
+            if len(repairs) <= FEW:
+                for change in repairs:
+                    log.warning("repaired what somebody else changed", **_describe(change))
+            else:
+                log.warning("repaired what somebody else changed", **_counts(repairs))
+        others = len(result.changes) - len(repairs)
+        if others > FEW:
+            log.info("kernel programmed", seconds=round(result.seconds, 3), **_counts(result.changes))
+        for change in result.changes:
+            log.debug("kernel change", **_describe(change))
+
+
+def _kind(key: Key) -> str:
+    return Kind(int(key[0] or 0)).name.lower()
+
+
+def _counts(changes: tuple[Change, ...]) -> dict[str, int]:
+    return dict(Counter(_kind(change.record.key) for change in changes))
+
+
+def _describe(change: Change) -> dict[str, Any]:
+    return {"op": change.op, "kind": _kind(change.record.key), "record": describe(change.record)}
+
+
+def describe(record: Record) -> str:
+    """A record in one line, without secrets and without what is not set."""
+    fields = asdict(record)
+    secret = {"private_key", "preshared_key"}
+    shown = {k: v for k, v in fields.items() if v not in (None, False, (), "") and k not in secret}
+    if isinstance(shown.get("settings"), dict):
+        shown["settings"] = {k: v for k, v in shown["settings"].items() if k not in secret}
+    if "rules" in shown:
+        shown["rules"] = len(shown["rules"])
+    return " ".join(f"{key}={value}" for key, value in shown.items())
