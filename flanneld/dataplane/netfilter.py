@@ -1,0 +1,314 @@
+"""The firewall handler: observes and applies Firewall records, in both modes, as one caller sees them.
+
+Ownership: chains and tables by name (``netfilter_names``), plus rules elsewhere that carry our comment or jump to our
+chains. Both modes are observed, so that the plan can put the wanted one and remove what the other left.
+
+Cost: nothing here starts a process unless something of ours may have changed. nf_tables tells of every change over
+netlink (also of iptables-nft's), iptables-legacy is asked for a fingerprint of its tables. Then one ``iptables-save``
+or ``nft -j list table`` for each family concerned, and one ``iptables-restore`` or ``nft -f -`` to mend it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+from backends.kernel_state import Change, Failure, Firewall, Key, Link, Record, Scope
+from flanneld.dataplane import netfilter_blocking, netfilter_iptables, netfilter_legacy, netfilter_nft, netfilter_socket
+from flanneld.dataplane.netfilter_iptables import Saved
+from flanneld.dataplane.netfilter_names import Family, names_of
+from flanneld.dataplane.netfilter_nft import NFT_FAMILY
+from flanneld.dataplane.netfilter_socket import Chain, Monitor, Touched
+from flanneld.dataplane.netfilter_tools import Iptables, ToolFailed, ToolMissing, Tools, run
+
+Part = tuple[Literal["iptables", "nftables"], Family]
+FAMILIES: Final[tuple[Family, Family]] = (4, 6)
+PARTS: Final[tuple[Part, ...]] = (("iptables", 4), ("iptables", 6), ("nftables", 4), ("nftables", 6))
+
+LEGACY_POLL: Final = 1.0
+"""Seconds between two looks at iptables-legacy's fingerprint, at most."""
+BLOCKING_INTERVAL: Final = 10.0
+"""Seconds between two searches for foreign chains that drop our traffic, at least."""
+BLOCKING_SHARE: Final = 50
+"""A search that takes t seconds is not repeated within BLOCKING_SHARE × t: at most 2 % of a core in any ruleset."""
+RIVAL_PUTS: Final = 3
+"""A rule that comes back before our jump this often is let stand: someone else insists, and two would fight for ever."""
+
+
+class Netfilter:
+    """Implements ``flanneld.dataplane.handler.Handler`` for Firewall records. Made and used by one thread."""
+
+    def __init__(self, *, clock: Any = time.monotonic) -> None:
+        self._clock = clock
+        self._tools = Tools()
+        self._instance = ""
+        self._wanted: frozenset[Part] = frozenset()
+        self._networks: tuple[str, ...] = ()
+        self._known: set[Part] = set()
+        self._stale: set[Part] = set(PARTS)
+        self._seen: dict[Part, Firewall] = {}
+        self._answer: Mapping[Key, Record] = {}
+        self._saved: dict[Family, list[tuple[Iptables, Saved]]] = {}
+        self._recheck = False
+        self._legacy: dict[Family, bytes] = {}
+        self._legacy_due = 0.0
+        self._rivals: Counter[str] = Counter()
+        self._tolerated: set[str] = set()
+        self._blocking: tuple[str, ...] = ()
+        self._blocking_stale = True
+        self._blocking_due = 0.0
+        self._forward_tables: set[tuple[str, str]] = set()
+        try:
+            self._monitor: Monitor | None = Monitor()
+        except OSError:
+            self._monitor = None  # a kernel without nf_tables; iptables-legacy may still be there
+
+    @property
+    def blocking(self) -> tuple[str, ...]:
+        """Sentences about foreign rules that drop our traffic, each with the remedy. Empty is good."""
+        rivals = (
+            f"FORWARD: this rule keeps being put before ours and may drop our traffic: {r}" for r in self._tolerated
+        )
+        return (*self._blocking, *sorted(rivals))
+
+    def random_fully(self, family: Family) -> bool:
+        """Whether the installed iptables can pick source ports at random (1.6.2); True when there is none."""
+        try:
+            return self._tools.iptables(family).random_fully
+        except (ToolMissing, ToolFailed):
+            return True
+
+    def handles(self, record: Record) -> bool:
+        return isinstance(record, Firewall)
+
+    def fileno(self) -> int | None:
+        return self._monitor.fileno() if self._monitor else None
+
+    def invalidate(self) -> None:
+        """The next ``observe`` asks the kernel whether it missed a change; it looks at the rules only if so."""
+        self._recheck = True
+
+    def close(self) -> None:
+        if self._monitor:
+            self._monitor.close()
+
+    # Observing
+
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:  # noqa: ARG002
+        self._follow(scope)
+        self._hear()
+        self._poll_legacy()
+        if self._stale:
+            self._look_at_stale()
+        self._search_blocking()
+        return self._answer
+
+    def _follow(self, scope: Scope) -> None:
+        wanted = frozenset((firewall.mode, firewall.family) for firewall in scope.firewall)
+        if scope.instance != self._instance:
+            self._instance = scope.instance
+            self._known.clear()
+            self._stale.update(PARTS)
+        self._stale |= wanted - self._wanted
+        self._wanted = wanted
+        if scope.networks != self._networks:
+            self._networks, self._blocking_stale = scope.networks, True
+
+    def _hear(self) -> None:
+        """Find out which parts may have changed, without a process."""
+        if self._monitor is None:
+            return
+        touched = self._monitor.drain()
+        if self._recheck and self._monitor.behind():
+            touched = None
+        self._recheck = False
+        if touched is None:
+            self._stale.update(PARTS)
+            self._blocking_stale = True
+            return
+        names = names_of(self._instance)
+        for change in touched:
+            family: Family | None = {"ip": 4, "ip6": 6}.get(change.family)  # type: ignore[assignment]
+            self._blocking_stale |= change.forward_hook or (change.family, change.table) in self._forward_tables
+            if family is None:
+                continue
+            if change.table == names.table(family):
+                self._stale.add(("nftables", family))
+            elif change.table in ("nat", "filter") and self._concerns_iptables(change, family):
+                self._stale.add(("iptables", family))
+
+    def _concerns_iptables(self, change: Touched, family: Family) -> bool:
+        ours = names_of(self._instance).chains
+        if ("iptables", family) in self._wanted or ("iptables", family) in self._seen:
+            return change.chain is None or change.chain in (*ours, "POSTROUTING", "FORWARD")
+        return change.chain in ours
+
+    def _poll_legacy(self) -> None:
+        now = self._clock()
+        if now < self._legacy_due:
+            return
+        self._legacy_due = now + LEGACY_POLL
+        for family in FAMILIES:
+            digest = netfilter_legacy.digest(family)
+            if digest != self._legacy.get(family, b""):
+                self._legacy[family] = digest
+                self._stale.add(("iptables", family))
+
+    def _look_at_stale(self) -> None:
+        tables, chains = set(netfilter_socket.list_tables()), netfilter_socket.list_chains()
+        for part in sorted(self._stale):
+            mode, family = part
+            try:
+                found = self._look_nft(family, tables) if mode == "nftables" else self._look_iptables(family, chains)
+            except ToolFailed as failed:
+                if part in self._wanted:
+                    raise OSError(f"cannot read the firewall: {failed}") from failed
+                found = None  # what is broken and not wanted is not ours to complain about
+            self._seen.pop(part, None)
+            if found is not None:
+                self._seen[part] = found
+            self._known.add(part)
+            self._stale.discard(part)
+        answer = {firewall.key: firewall for firewall in self._seen.values()}
+        if answer != self._answer:
+            self._answer = answer
+
+    def _look_nft(self, family: Family, tables: set[tuple[str, str]]) -> Firewall | None:
+        name, nft_family = names_of(self._instance).table(family), NFT_FAMILY[family]
+        if (nft_family, name) not in tables:
+            return None
+        try:
+            listing = json.loads(run([self._tools.nft(), "-j", "list", "table", nft_family, name]))
+        except ToolMissing as missing:
+            wanted = ("nftables", family) in self._wanted
+            return Firewall(family, "nftables", (), self._instance, (str(missing),)) if wanted else None
+        except ToolFailed:
+            if (nft_family, name) not in netfilter_socket.list_tables():
+                return None  # deleted between the two questions
+            raise
+        return netfilter_nft.parse_table(listing, family, self._instance)
+
+    def _look_iptables(self, family: Family, chains: list[Chain]) -> Firewall | None:
+        self._saved.pop(family, None)
+        self._legacy[family] = netfilter_legacy.digest(family)
+        try:
+            main = self._tools.iptables(family)
+        except ToolMissing:
+            return None
+        names = names_of(self._instance)
+        saved = Saved()
+        if ("iptables", family) in self._wanted or self._has_traces(main, family, chains):
+            saved = netfilter_iptables.parse_save(main.save(), names)
+        self._saved[family] = [(main, saved)]
+        firewall = netfilter_iptables.firewall_of(saved, family, self._instance, self._tolerated)
+        other = self._tools.other_iptables(main)
+        if other and self._has_traces(other, family, chains, chains_only=True):
+            left = netfilter_iptables.parse_save(other.save(), names)
+            if netfilter_iptables.firewall_of(left, family, self._instance):
+                self._saved[family].append((other, left))
+                firewall = firewall or Firewall(family, "iptables", (), self._instance)
+                firewall = replace(firewall, defects=(*firewall.defects, f"rules left in {other.prefix}"))
+        return firewall
+
+    def _has_traces(self, tool: Iptables, family: Family, chains: list[Chain], *, chains_only: bool = False) -> bool:
+        """Whether iptables-save may show something of ours.
+
+        At the first look also rules without a chain of ours are of interest: flannel made such before it had chains.
+        """
+        ours = names_of(self._instance).chains
+        first = ("iptables", family) not in self._known and not chains_only
+        if tool.variant == "legacy":
+            if first:
+                return bool(netfilter_legacy.tables_in_use(family))
+            return netfilter_legacy.holds_chain(family, ours)
+        wanted = (*ours, "POSTROUTING", "FORWARD") if first else ours
+        mine = (c for c in chains if c.family == NFT_FAMILY[family] and c.table in ("nat", "filter"))
+        return any(chain.name in wanted for chain in mine)
+
+    # Applying
+
+    def apply(self, changes: Sequence[Change]) -> list[Failure]:
+        failures: list[Failure] = []
+        nft = [c for c in changes if isinstance(c.record, Firewall) and c.record.mode == "nftables"]
+        if nft:
+            failures += self._apply_nft(nft)
+        for change in changes:
+            if isinstance(change.record, Firewall) and change.record.mode == "iptables":
+                failures += self._attempt(change, lambda c=change: self._apply_iptables(c))
+        return failures
+
+    def _apply_nft(self, changes: list[Change]) -> list[Failure]:
+        """Both families by one process; one by one if that fails, to know whose fault it is."""
+        if len(changes) > 1:
+            with contextlib.suppress(ToolMissing, ToolFailed):
+                self._run_nft("".join(_nft_text(change) for change in changes))
+                self._stale.update(("nftables", c.record.family) for c in changes if isinstance(c.record, Firewall))
+                return []
+        return [f for c in changes for f in self._attempt(c, lambda c=c: self._run_nft(_nft_text(c)))]
+
+    def _attempt(self, change: Change, action: Any) -> list[Failure]:
+        assert isinstance(change.record, Firewall)
+        self._stale.add((change.record.mode, change.record.family))
+        try:
+            action()
+        except ToolMissing as missing:
+            return [Failure(change, "missing", str(missing))] if change.op == "put" else []
+        except ToolFailed as failed:
+            return [Failure(change, failed.cause, str(failed))]
+        return []
+
+    def _run_nft(self, text: str) -> None:
+        run([self._tools.nft(), "-f", "-"], text)
+
+    def _apply_iptables(self, change: Change) -> None:
+        firewall = change.record
+        assert isinstance(firewall, Firewall)
+        family, instance = firewall.family, firewall.instance
+        if family not in self._saved:
+            main = self._tools.iptables(family)
+            self._saved[family] = [(main, netfilter_iptables.parse_save(main.save(), names_of(instance)))]
+        for index, (tool, saved) in enumerate(self._saved.pop(family)):
+            if change.op == "put" and index == 0:
+                self._count_rivals(saved, instance)
+                text = netfilter_iptables.render_put(firewall, saved, self._tolerated)
+            else:
+                text = netfilter_iptables.render_remove(saved, instance)
+            if text:
+                tool.restore(text)
+
+    def _count_rivals(self, saved: Saved, instance: str) -> None:
+        for rule in netfilter_iptables.rules_before_jump(saved, instance):
+            self._rivals[rule] += 1
+            if self._rivals[rule] > RIVAL_PUTS:
+                self._tolerated.add(rule)
+
+    # Foreign chains
+
+    def _search_blocking(self) -> None:
+        now = self._clock()
+        if not self._blocking_stale or now < self._blocking_due or not self._networks:
+            return
+        tables = {(c.family, c.table) for c in netfilter_socket.list_chains() if c.hook == "forward"}
+        names = names_of(self._instance)
+        tables -= {("ip", names.table(4)), ("ip6", names.table(6))}
+        tables = {table for table in tables if table[0] in ("ip", "ip6", "inet")}
+        found: list[Mapping[str, Any]] = []
+        if self._tools.has_nft():
+            for family, table in sorted(tables):
+                with contextlib.suppress(ToolFailed, ToolMissing):  # gone meanwhile, or not for nft to read
+                    found += json.loads(run(["nft", "-j", "list", "table", family, table]))["nftables"]
+        self._blocking = netfilter_blocking.blocking_chains(found, self._networks)
+        self._forward_tables, self._blocking_stale = tables, False
+        self._blocking_due = now + max(BLOCKING_INTERVAL, BLOCKING_SHARE * (self._clock() - now))
+
+
+def _nft_text(change: Change) -> str:
+    assert isinstance(change.record, Firewall)
+    if change.op == "put":
+        return netfilter_nft.render_put(change.record)
+    return netfilter_nft.render_remove(change.record.family, change.record.instance)

@@ -1,0 +1,141 @@
+"""The programs that write firewalls: where they are, what they can do, and running them.
+
+All of them are looked up anew when they were missing, so that installing one heals a running daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from flanneld.dataplane.netfilter_names import Family
+
+Variant = Literal["nft", "legacy"]
+
+_SBIN: Final = "/usr/sbin:/sbin:/usr/local/sbin"
+_TIMEOUT: Final = 60.0
+"""Seconds after which a program is ended. iptables waits for its lock for LOCK_SECONDS of them."""
+LOCK_SECONDS: Final = 20
+RESTORE_WAITS: Final = (1, 6, 2)
+"""The iptables release in which iptables-restore learned --wait, and MASQUERADE --random-fully."""
+
+
+class ToolMissing(Exception):
+    """A program is not installed. The text names it and its Debian package."""
+
+
+class ToolFailed(Exception):
+    """A program refused. The text holds the command and what it said; ``cause`` is one word."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class Iptables:
+    """One installed iptables: its commands' common prefix is ``iptables`` or ``iptables-legacy`` and so on."""
+
+    prefix: str
+    family: Family
+    variant: Variant
+    version: tuple[int, ...]
+
+    @property
+    def random_fully(self) -> bool:
+        return self.version >= RESTORE_WAITS
+
+    def save(self) -> str:
+        return run([f"{self.prefix}-save"])
+
+    def restore(self, text: str) -> None:
+        wait = [f"--wait={LOCK_SECONDS}"] if self.version >= RESTORE_WAITS else []
+        run([f"{self.prefix}-restore", "--noflush", *wait], text)
+
+
+class Tools:
+    """Finds programs and remembers them."""
+
+    def __init__(self) -> None:
+        self._iptables: dict[tuple[Family, Variant | None], Iptables] = {}
+
+    def nft(self) -> str:
+        """Raises ToolMissing."""
+        if which("nft") is None:
+            raise ToolMissing(
+                "nft was not found: install the Debian package nftables, "
+                "or set EnableNFTables to false in the network configuration"
+            )
+        return "nft"
+
+    def has_nft(self) -> bool:
+        return which("nft") is not None
+
+    def iptables(self, family: Family) -> Iptables:
+        """The iptables that ``iptables`` (``ip6tables``) names on this host. Raises ToolMissing, ToolFailed."""
+        name = "iptables" if family == 4 else "ip6tables"
+        found = self._find(family, None, name)
+        if found is None:
+            raise ToolMissing(
+                f"{name}-restore was not found: install the Debian package iptables, "
+                "or set EnableNFTables to true in the network configuration"
+            )
+        return found
+
+    def other_iptables(self, than: Iptables) -> Iptables | None:
+        """The variant that is installed beside this one."""
+        variant: Variant = "legacy" if than.variant == "nft" else "nft"
+        name = f"{'iptables' if than.family == 4 else 'ip6tables'}-{variant}"
+        found = self._find(than.family, variant, name)
+        return found if found and found.variant == variant else None
+
+    def _find(self, family: Family, variant: Variant | None, prefix: str) -> Iptables | None:
+        known = self._iptables.get((family, variant))
+        if known is None and all(which(f"{prefix}-{verb}") for verb in ("save", "restore")):
+            known = _identify(prefix, family)
+            self._iptables[family, variant] = known
+        return known
+
+
+def _identify(prefix: str, family: Family) -> Iptables:
+    """``iptables v1.8.9 (nf_tables)``; releases before 1.8 say no variant and are legacy."""
+    text = run([f"{prefix}-restore", "--version"])
+    number = re.search(r"v(\d+(?:\.\d+)*)", text)
+    version = tuple(int(part) for part in number[1].split(".")) if number else (0,)
+    return Iptables(prefix, family, "nft" if "nf_tables" in text else "legacy", version)
+
+
+def which(program: str) -> str | None:
+    """A daemon's PATH may lack the sbin directories; what PATH names comes first."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{_SBIN}")
+
+
+def run(argv: list[str], stdin: str = "") -> str:
+    """Run a program; its standard output. Raises ToolMissing, ToolFailed."""
+    path = which(argv[0])
+    if path is None:
+        raise ToolMissing(f"{argv[0]} was not found")
+    command = " ".join(argv)
+    try:
+        done = subprocess.run(
+            [path, *argv[1:]],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired:
+        raise ToolFailed("timeout", f"{command} did not end within {_TIMEOUT:.0f} seconds") from None
+    except OSError as error:
+        raise ToolFailed("exec", f"{command} could not be started: {error}") from None
+    if done.returncode != 0:
+        said = " ".join((done.stderr or done.stdout).split())
+        cause = "locked" if "xtables lock" in said else "refused"
+        raise ToolFailed(cause, f"{command} failed with exit code {done.returncode}: {said}")
+    return done.stdout
