@@ -64,7 +64,7 @@ class Daemon:
 
     def __init__(self, host: Host, instance: str, flags: Sequence[str], env: Mapping[str, str]) -> None:
         self.host = host
-        self.run_dir = host.directory / (f"run-{instance}" if instance else "run")
+        self.run_dir = host.directory / (f"flannel-{instance}" if instance else "flannel")
         self.run_dir.mkdir(exist_ok=True)
         self.subnet_file = self.run_dir / "subnet.env"
         self.log = host.directory / (f"flanneld-{instance}.log" if instance else "flanneld.log")
