@@ -97,7 +97,7 @@ class Daemon:
             self.board.stop(1)
 
     def _reconcile(self) -> None:
-        dataplane = make_dataplane(self.options.instance)
+        dataplane = make_dataplane()
         try:
             self.wanted = WantedState(
                 self.board, self.health, self.metrics, dataplane, self.options.iface_can_reach, self._data_path_stands

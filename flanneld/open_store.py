@@ -15,7 +15,7 @@ def open_store(options: Options) -> LeaseStore:
     from subnet_lease.etcd import EtcdStore
 
     return EtcdStore(
-        options.etcd_endpoints,
+        [e.strip() for e in options.etcd_endpoints.split(",") if e.strip()],
         options.etcd_prefix,
         keyfile=options.etcd_keyfile,
         certfile=options.etcd_certfile,
