@@ -1,0 +1,180 @@
+"""The dataplane that the reconciler is given: observe, apply, wait.
+
+The kernel is looked at in full once; afterwards the mirror follows the kernel's messages and our acknowledged writes.
+Where the kernel changes state without a word (routes of an interface that goes down or loses an address), the
+interface concerned is looked at again.
+
+Everything runs in the thread that made the object, in the network namespace of that moment, except ``wake``.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Literal
+
+from backends.kernel_state import (
+    Change,
+    Failure,
+    Key,
+    Link,
+    Observation,
+    Record,
+    RouteLookup,
+    Scope,
+    Sysctl,
+)
+from flanneld.dataplane import sysctl
+from flanneld.dataplane.handler import Handler
+from flanneld.dataplane.look import Look
+from flanneld.dataplane.mirror import with_settings_of
+from flanneld.dataplane.netlink import MONITOR_BUFFER, Monitor, Netlink
+from flanneld.dataplane.write import Writer
+
+
+class Dataplane:
+    """One host's kernel networking state. ``handlers`` take the records that rtnetlink does not know."""
+
+    def __init__(self, handlers: Sequence[Handler] = (), *, monitor_buffer: int = MONITOR_BUFFER) -> None:
+        self._handlers = tuple(handlers)
+        self._answers: list[Mapping[Key, Record]] = [{} for _ in self._handlers]
+        self._links_told: dict[str, Link] = {}
+        self._scope: Scope | None = None
+        self._netlink = Netlink()
+        self._monitor = Monitor(self._netlink.port_id, monitor_buffer)
+        self._look = Look(self._netlink, self._monitor)
+        self._writer = Writer(self._netlink, self._look)
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def observe(self, scope: Scope) -> Observation:
+        """What is in the kernel now. ``state`` is live: valid until the next call of observe or apply.
+
+        Raises OSError when the kernel cannot be asked.
+        """
+        fresh = self._look.refresh(scope.devices, scope.networks)
+        if self._scope is None or self._scope.sysctls != scope.sysctls:
+            fresh = fresh or self._scope is None
+        self._scope = scope
+        mirror = self._look.mirror
+        mirror.replace(dict(sysctl.observe(scope.sysctls)), lambda _, record: isinstance(record, Sysctl))
+        self._ask_handlers(scope)
+        changed = mirror.take_changed()
+        return Observation(mirror.state, None if fresh else changed, self._look.interfaces.snapshot())
+
+    def apply(self, changes: Sequence[Change]) -> list[Failure]:
+        """Make the changes, in order; those that failed."""
+        failures: list[Failure] = []
+        for (handler, step), group in groupby(changes, self._route_of):
+            run = list(group)
+            if step == "link":
+                failures += self._apply_links(handler, run)
+            elif step == "sysctl":
+                failures += self._apply_sysctls(run)
+            elif handler is not None:
+                failures += handler.apply(run)
+            else:
+                failures += self._writer.batch(run)
+        return failures
+
+    def lookup(self, address: str) -> RouteLookup | None:
+        """How the kernel would reach this address; None if it would not."""
+        return self._look.route_to(address)
+
+    def default_route(self, family: int) -> RouteLookup | None:
+        """The default route of the family (4 or 6) with the lowest metric, None if there is none."""
+        return self._look.default_route(family)
+
+    def wait(self, timeout: float | None) -> None:
+        """Until something that concerns us has changed, ``wake`` is called, or ``timeout`` (seconds) is over."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        poll.register(self._monitor, select.POLLIN)
+        for handler in self._handlers:
+            if (descriptor := handler.fileno()) is not None:
+                poll.register(descriptor, select.POLLIN)
+        while not self._look.pending:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = {descriptor for descriptor, _ in poll.poll(None if left is None else left * 1000)}
+            if self._wakeup in ready:
+                os.eventfd_read(self._wakeup)
+                return
+            if not ready or ready - {self._monitor.fileno()}:
+                return
+            self._look.drain()
+
+    def wake(self) -> None:
+        """End a ``wait``, the present one or the next. From any thread."""
+        os.eventfd_write(self._wakeup, 1)
+
+    def invalidate(self) -> None:
+        """Trust nothing that is remembered: the next observe looks at everything."""
+        self._look.invalidate()
+        for handler in self._handlers:
+            handler.invalidate()
+
+    def close(self) -> None:
+        for handler in self._handlers:
+            handler.close()
+        self._writer.close()
+        self._look.close()
+        self._monitor.close()
+        self._netlink.close()
+        os.close(self._wakeup)
+
+    # --- handlers --------------------------------------------------------------------------------------------------
+
+    def _route_of(self, change: Change) -> tuple[Handler | None, Literal["link", "sysctl", "handler", "netlink"]]:
+        record = change.record
+        handler = next((handler for handler in self._handlers if handler.handles(record)), None)
+        if isinstance(record, Link):
+            return handler, "link"
+        if isinstance(record, Sysctl):
+            return None, "sysctl"
+        return handler, "netlink" if handler is None else "handler"
+
+    def _ask_handlers(self, scope: Scope) -> None:
+        """Merge what the handlers see into the mirror; a Link of theirs gives its settings to rtnetlink's."""
+        mirror, links = self._look.mirror, self._look.links
+        for number, handler in enumerate(self._handlers):
+            before, now = self._answers[number], handler.observe(scope, links)
+            self._answers[number] = now
+            for key, record in now.items():
+                if isinstance(record, Link):
+                    if record.name in links:
+                        mirror.learn(key, with_settings_of(links[record.name], record))
+                elif now is not before and before.get(key) != record:
+                    mirror.learn(key, record)
+            if now is not before:
+                for key in before.keys() - now.keys():
+                    record = before[key]
+                    mirror.learn(key, links.get(record.name) if isinstance(record, Link) else None)
+
+    def _apply_links(self, handler: Handler | None, changes: Sequence[Change]) -> list[Failure]:
+        failures: list[Failure] = []
+        for change in changes:
+            if handler is not None:
+                refused = handler.apply([change])
+                failures += refused
+                if refused:
+                    continue
+            failure = self._writer.link(change, made_elsewhere=handler is not None)
+            if failure is not None:
+                failures.append(failure)
+        return failures
+
+    def _apply_sysctls(self, changes: Sequence[Change]) -> list[Failure]:
+        failures: list[Failure] = []
+        for change in changes:
+            failure = sysctl.apply(change)
+            if failure is not None:
+                failures.append(failure)
+            elif change.op == "put":
+                self._look.mirror.know(change.record.key, change.record)
+        return failures
+
+
+Wake = Callable[[], None]

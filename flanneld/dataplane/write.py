@@ -1,0 +1,258 @@
+"""Changes into the kernel by rtnetlink: routes, neighbours, forwarding entries and addresses in batches, links singly."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Final
+
+from backends.kernel_state import Address, Change, Failure, FdbEntry, Ipip, Link, Neighbour, Route, Vxlan
+from flanneld.dataplane import links as link_wire
+from flanneld.dataplane import modules
+from flanneld.dataplane.links import RawLink
+from flanneld.dataplane.look import Look
+from flanneld.dataplane.netlink import Message, Netlink, NetlinkError
+from flanneld.dataplane.wire import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    RTM_DELADDR,
+    RTM_DELLINK,
+    RTM_DELNEIGH,
+    RTM_DELROUTE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    RTM_NEWROUTE,
+    address_body,
+    fdb_body,
+    neighbour_body,
+    route_body,
+)
+
+GONE: Final = frozenset({errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.ENXIO, errno.EADDRNOTAVAIL})
+"""What the kernel says of a removal whose object is not there any more."""
+_PUT: Final = NLM_F_CREATE | NLM_F_REPLACE
+
+
+class Writer:
+    """Writes, and lets the mirror know what was acknowledged."""
+
+    def __init__(self, netlink: Netlink, look: Look) -> None:
+        self._netlink = netlink
+        self._look = look
+        self._ethtool = link_wire.Ethtool()
+
+    def close(self) -> None:
+        self._ethtool.close()
+
+    # --- routes, neighbours, forwarding entries, addresses ---------------------------------------------------------
+
+    def batch(self, changes: Sequence[Change]) -> list[Failure]:
+        """Make the changes in order, whatever becomes of each; those that failed."""
+        failures: list[Failure] = []
+        sent: list[Change] = []
+        requests: list[Message] = []
+        for change in changes:
+            try:
+                request = self._message(change)
+            except (ValueError, OSError) as error:  # an address that is none
+                failures.append(Failure(change, "EINVAL", f"{describe(change)}: {error}"))
+                continue
+            if request is not None:
+                sent.append(change)
+                requests.append(request)
+            elif change.op == "put":
+                dev = change.record.dev  # type: ignore[union-attr]
+                failures.append(Failure(change, "ENODEV", f"{describe(change)}: there is no interface {dev}"))
+        try:
+            errors = self._netlink.batch(requests)
+        except OSError as error:  # what became of each is unknown: look again
+            self._look.invalidate()
+            cause = errno.errorcode.get(error.errno or 0, "netlink")
+            return [Failure(change, cause, f"{describe(change)}: netlink: {error}") for change in changes]
+        know = self._look.mirror.know
+        for change, refusal in zip(sent, errors, strict=True):
+            if refusal is None or (change.op == "remove" and refusal.errno in GONE):
+                record = change.record
+                know(record.key, record if change.op == "put" else None)
+                if change.op == "remove" and isinstance(record, Address):
+                    self._look.lost_address(record)
+            else:
+                failures.append(Failure(change, refusal.name, f"{describe(change)}: {refusal}{_remedy(refusal)}"))
+        return failures
+
+    def _message(self, change: Change) -> Message | None:
+        """None where the interface is not there."""
+        record, put = change.record, change.op == "put"
+        if isinstance(record, Route):
+            oif = None
+            if record.dev is not None:
+                oif = self._look.interfaces.index(record.dev)
+                if oif is None:
+                    return None
+            if put:
+                return RTM_NEWROUTE, _PUT, route_body(record, oif)
+            return RTM_DELROUTE, 0, route_body(record, oif, remove=True)
+        assert isinstance(record, (Neighbour, FdbEntry, Address))
+        index = self._look.interfaces.index(record.dev)
+        if index is None:
+            return None
+        if isinstance(record, Neighbour):
+            return (
+                (RTM_NEWNEIGH, _PUT, neighbour_body(record, index))
+                if put
+                else (RTM_DELNEIGH, 0, neighbour_body(record, index))
+            )
+        if isinstance(record, FdbEntry):
+            return (
+                (RTM_NEWNEIGH, _PUT, fdb_body(record, index))
+                if put
+                else (RTM_DELNEIGH, 0, fdb_body(record, index, remove=True))
+            )
+        return (
+            (RTM_NEWADDR, _PUT, address_body(record, index)) if put else (RTM_DELADDR, 0, address_body(record, index))
+        )
+
+    # --- links -----------------------------------------------------------------------------------------------------
+
+    def link(self, change: Change, *, made_elsewhere: bool) -> Failure | None:
+        """Make, alter or remove a device. ``made_elsewhere``: a handler has made it; MTU, MAC and up are left to do."""
+        link = change.record
+        assert isinstance(link, Link)
+        self._look.drain()
+        try:
+            standing = self._look.look_at(link.name)
+            if change.op == "remove":
+                self._delete(standing)
+                return None
+            self._make(link, standing, made_elsewhere)
+            if link.tx_checksum is not None and self._ethtool.tx_checksum(link.name) != link.tx_checksum:
+                self._ethtool.set_tx_checksum(link.name, link.tx_checksum)
+        except NetlinkError as error:
+            return Failure(change, error.name, f"{describe(change)}: {error}{self._link_remedy(link, error)}")
+        except modules.ModuleMissing as error:
+            return Failure(change, "module", f"{describe(change)}: {error}")
+        except OSError as error:
+            cause = errno.errorcode.get(error.errno or 0, "OSError")
+            return Failure(change, cause, f"{describe(change)}: {error.strerror}")
+        finally:
+            self._see(link.name)
+        return None
+
+    def _make(self, link: Link, standing: RawLink | None, made_elsewhere: bool) -> None:
+        names = self._look.interfaces.names
+        if standing is not None:
+            settings = link.settings if made_elsewhere else link_wire.settings_of(standing, names.get)
+            seen = Link(link.name, settings, standing.mtu, standing.mac, standing.up)
+            if link_wire.alterable(link, settings):
+                try:
+                    self._alter(link, seen, standing.index)
+                    return
+                except NetlinkError as error:
+                    if link.settings == settings or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+                    # The settings cannot be changed on the standing device after all: make a new one.
+            self._delete(standing)
+        elif made_elsewhere:
+            raise NetlinkError(errno.ENODEV, "it was made and is gone again")
+        if not isinstance(link.settings, (Vxlan, Ipip)):
+            raise NetlinkError(errno.EOPNOTSUPP, f"nothing here makes a device with {link.settings!r}")
+        body = link_wire.create_body(link, self._underlay(link))
+        try:
+            self._netlink.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+        except NetlinkError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            modules.load("vxlan" if isinstance(link.settings, Vxlan) else "ipip")
+            self._netlink.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+    def _alter(self, link: Link, seen: Link, index: int) -> None:
+        underlay = self._underlay(link) if isinstance(link.settings, (Vxlan, Ipip)) else 0
+        for body in link_wire.alter_bodies(link, seen, index, underlay):
+            self._look.look_again(index)
+            self._netlink.request(RTM_NEWLINK, 0, body)
+
+    def _underlay(self, link: Link) -> int:
+        assert isinstance(link.settings, (Vxlan, Ipip))
+        index = self._look.interfaces.index(link.settings.underlay)
+        if index is None:
+            raise NetlinkError(errno.ENODEV, f"there is no interface {link.settings.underlay} to carry it")
+        return index
+
+    def _delete(self, standing: RawLink | None) -> None:
+        if standing is None:
+            return
+        try:
+            self._netlink.request(RTM_DELLINK, 0, link_wire.index_body(standing.index))
+        except NetlinkError as error:
+            if error.errno not in GONE:
+                raise
+        self._look.forget_link(standing.index)
+
+    def _see(self, name: str) -> None:
+        """Take the device as it is now into the mirror, so that what follows in this pass finds it."""
+        try:
+            now = self._look.look_at(name)
+        except OSError:
+            self._look.invalidate()
+            return
+        if now is not None:
+            self._look.take_link(now)
+            self._look.own_write(name)
+
+    def _link_remedy(self, link: Link, error: NetlinkError) -> str:
+        settings = link.settings
+        if error.errno == errno.EPERM:
+            return ". Run as root, or with CAP_NET_ADMIN"
+        if isinstance(settings, Vxlan):
+            if error.errno in (errno.EEXIST, errno.EADDRINUSE):
+                rival = self._rival(link.name, settings)
+                return f". {rival or 'Another device or program'} uses VNI {settings.vni} or UDP port {settings.port}; choose another VNI or Port, or remove it"
+            if error.errno in (errno.EINVAL, errno.ERANGE):
+                overhead = 70 if ":" in settings.local else 50
+                under = self._look.interfaces.by_name(settings.underlay)
+                if under is not None and link.mtu > under.mtu - overhead:
+                    return f". An MTU of {link.mtu} does not fit {under.name} (MTU {under.mtu}): at most {under.mtu - overhead}"
+        return ""
+
+    def _rival(self, name: str, settings: Vxlan) -> str | None:
+        """Another vxlan device with the same VNI."""
+        table = self._look.interfaces
+        for raw in table.links.values():
+            other = link_wire.settings_of(raw, table.names.get)
+            if raw.name != name and isinstance(other, Vxlan) and other.vni == settings.vni:
+                return f"Device {raw.name}"
+        return None
+
+
+def describe(change: Change) -> str:
+    """The change in a few words: "route 10.5.3.0/24 via 10.5.3.0 dev flannel.1"."""
+    record = change.record
+    verb = "" if change.op == "put" else "remove "
+    if isinstance(record, Route):
+        via = f" via {record.via}" if record.via else ""
+        dev = f" dev {record.dev}" if record.dev else ""
+        kind = "" if record.type == "unicast" else f"{record.type} "
+        return f"{verb}{kind}route {record.dst}{via}{dev}"
+    if isinstance(record, Neighbour):
+        return f"{verb}neighbour {record.dst} lladdr {record.mac} dev {record.dev}"
+    if isinstance(record, FdbEntry):
+        return f"{verb}forwarding entry {record.mac} dst {record.dst} dev {record.dev}"
+    if isinstance(record, Address):
+        return f"{verb}address {record.address} dev {record.dev}"
+    if isinstance(record, Link):
+        return f"{verb}device {record.name} (MTU {record.mtu})"
+    return f"{verb}{record.key}"
+
+
+def _remedy(error: NetlinkError) -> str:
+    if error.errno == errno.EPERM:
+        return ". Run as root, or with CAP_NET_ADMIN"
+    if error.errno in (errno.ENOBUFS, errno.ENOMEM):
+        return ". The kernel is out of room: see net.ipv4.neigh.default.gc_thresh3 and net.ipv6.route.max_size"
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return ". Its gateway is not reachable directly: is the interface up, does it have its address?"
+    if error.errno == errno.ENETDOWN:
+        return ". The interface is down"
+    return ""
