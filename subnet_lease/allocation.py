@@ -1,1 +1,226 @@
-"""Pure choice of a subnet: which leases are ours, which subnets are free, which one to claim."""
+"""Pure choice of a subnet: which leases are ours, which subnets are free, which one to claim.
+
+No clock, no randomness, no I/O: liveness of an owner and the random index come in as arguments. Cost grows with the
+number of leases, never with the size of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from typing import Final, Literal
+
+from subnet_lease.lease import (
+    FAMILIES,
+    Family,
+    IPNetwork,
+    Lease,
+    LeaseAttrs,
+    NodeIdentity,
+    subnet_key,
+)
+from subnet_lease.network_config import NetworkConfig
+from subnet_lease.store import AddressInUse, LeaseRequest, OutOfSubnets, SubnetTaken
+
+Subnets = tuple[IPv4Network | None, IPv6Network | None]
+Likeness = Literal["same", "alike", "other", "unknown"]
+Alive = Callable[[Lease], bool]
+"""Whether a lease's owner is running right now, somewhere other than here."""
+
+FIRST_FREE: Final = 100
+"""As many free subnets are looked at, and one of them taken at random; flannel's number."""
+
+
+def likeness(lease: NodeIdentity | None, ours: NodeIdentity) -> Likeness:
+    """How much a lease's owner looks like us. Marks that either side lacks say nothing (ADR 0003)."""
+    if lease is None:
+        return "unknown"
+    if lease == ours:
+        return "same"
+    pairs = [(lease.name, ours.name), (lease.machine_id, ours.machine_id), (lease.mac, ours.mac)]
+    known = [a == b for a, b in pairs if a and b]
+    equal = sum(known)
+    if equal < 2:
+        return "other"
+    return "same" if equal == len(known) else "alike"
+
+
+def same_address(a: LeaseAttrs, b: LeaseAttrs) -> bool:
+    """Whether two nodes publish one address, in either family."""
+    return any(a.public_ip_of(f) is not None and a.public_ip_of(f) == b.public_ip_of(f) for f in FAMILIES)
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What the leases say about us: the lease to take back, and the one whose live owner has our address."""
+
+    lease: Lease | None
+    rival: Lease | None = None
+
+
+def find_own(leases: Iterable[Lease], request: LeaseRequest, alive: Alive) -> Own:
+    """The lease that is ours: by identity, else by public IP as flannel does it (ADR 0003 has the table)."""
+    best: tuple[tuple[int, bool, bool, str], Lease] | None = None
+    rival: Lease | None = None
+    for lease in leases:
+        alike = likeness(lease.attrs.node, request.identity)
+        address = same_address(lease.attrs, request.attrs)
+        if not address and alike in ("other", "unknown"):
+            continue
+        if alike != "unknown" and alive(lease):
+            rival = lease if address else rival
+            continue
+        rank = {"same": 0, "unknown": 1, "alike": 2, "other": 3}[alike]
+        order = (rank, not address, (lease.subnet, lease.ipv6_subnet) != request.previous, lease.key)
+        if best is None or order < best[0]:
+            best = (order, lease)
+    return Own(best[1] if best else None, rival)
+
+
+def address_in_use(rival: Lease, request: LeaseRequest) -> AddressInUse:
+    """The error for a node whose public IP a live node holds."""
+    family: Family = 4 if rival.attrs.public_ip_of(4) == request.attrs.public_ip_of(4) else 6
+    owner = rival.attrs.node.name if rival.attrs.node else "unknown"
+    return AddressInUse(
+        f"public IP {rival.attrs.public_ip_of(family)} of node {request.identity.name!r} is in use by the live node "
+        f"{owner!r}, which leases {rival.key}. Two nodes cannot share one: give each its own with --public-ip or "
+        f"choose another interface with --iface; if both are one machine, give it one --node-name"
+    )
+
+
+def fits(config: NetworkConfig, subnets: Subnets) -> bool:
+    """Whether the configuration would hand out these subnets: right families, right length, inside the range."""
+    for family in FAMILIES:
+        subnet = subnets[0] if family == 4 else subnets[1]
+        if config.network_of(family) is None:
+            if subnet is not None:
+                return False
+            continue
+        low, high = config.subnet_range_of(family)
+        if subnet is None or subnet.prefixlen != config.subnet_len_of(family) or low is None or high is None:
+            return False
+        if not int(low.network_address) <= int(subnet.network_address) <= int(high.network_address):
+            return False
+    return True
+
+
+def choose(
+    config: NetworkConfig, leases: Collection[Lease], request: LeaseRequest, pick: Callable[[int], int]
+) -> Subnets:
+    """The subnets to claim: the previous ones while free, else random ones. ``pick(n)`` is an index below n.
+
+    Raises SubnetTaken when ``request.keep`` is set and the previous ones cannot be had, OutOfSubnets when none is free.
+    """
+    if request.keep:
+        return _kept(leases, request)
+    if fits(config, request.previous) and not any(_overlaps(lease, request.previous) for lease in leases):
+        return request.previous
+    chosen: dict[Family, IPNetwork] = {}
+    for family in FAMILIES:
+        network = config.network_of(family)
+        if network is None:
+            continue
+        free = free_subnets(config, family, leases)
+        if not free:
+            raise OutOfSubnets(_out_of_subnets(config, family, leases))
+        size = 1 << (network.max_prefixlen - config.subnet_len_of(family))
+        index = free[pick(len(free))]
+        low = config.subnet_range_of(family)[0]
+        assert low is not None
+        chosen[family] = type(network)((int(low.network_address) + index * size, config.subnet_len_of(family)))
+    v4, v6 = chosen.get(4), chosen.get(6)
+    assert not isinstance(v4, IPv6Network) and not isinstance(v6, IPv4Network)
+    return v4, v6
+
+
+def _kept(leases: Iterable[Lease], request: LeaseRequest) -> Subnets:
+    for lease in leases:
+        if _overlaps(lease, request.previous):
+            owner = lease.attrs.node.name if lease.attrs.node else str(lease.attrs.public_ip or lease.attrs.public_ipv6)
+            raise SubnetTaken(
+                f"subnet {subnet_key(*request.previous)} of this node is now leased to {owner!r} as {lease.key}. "
+                f"This node keeps its data path; release the other lease (flannelctl release {lease.key}), or drain "
+                f"this node, remove its subnet file and restart flanneld to get a new subnet"
+            )
+    return request.previous
+
+
+def _overlaps(lease: Lease, subnets: Subnets) -> bool:
+    v4, v6 = subnets
+    return bool(
+        (v4 and lease.subnet and v4.overlaps(lease.subnet))
+        or (v6 and lease.ipv6_subnet and v6.overlaps(lease.ipv6_subnet))
+    )
+
+
+def overlapping(leases: Iterable[Lease], subnets: Subnets) -> list[Lease]:
+    """The leases that share an address with these subnets."""
+    return [lease for lease in leases if _overlaps(lease, subnets)]
+
+
+def key_tells_all(config: NetworkConfig, leases: Iterable[Lease]) -> bool:
+    """Whether two overlapping leases would have the same key: one family, and all subnets of one length."""
+    families = [family for family in FAMILIES if config.network_of(family) is not None]
+    if len(families) != 1:
+        return False
+    family, length = families[0], config.subnet_len_of(families[0])
+    other: Family = 6 if family == 4 else 4
+    for lease in leases:
+        subnet = lease.subnet_of(family)
+        if subnet is None or subnet.prefixlen != length or lease.subnet_of(other) is not None:
+            return False
+    return True
+
+
+def free_subnets(config: NetworkConfig, family: Family, leases: Iterable[Lease], limit: int = FIRST_FREE) -> list[int]:
+    """Indexes, counted from SubnetMin, of the first ``limit`` subnets that overlap no lease."""
+    low, high = config.subnet_range_of(family)
+    if low is None or high is None:
+        return []
+    size = 1 << (low.max_prefixlen - low.prefixlen)
+    base = int(low.network_address)
+    count = (int(high.network_address) - base) // size + 1
+    taken = []
+    for lease in leases:
+        subnet = lease.subnet_of(family)
+        if subnet is not None:
+            first = int(subnet.network_address) - base
+            last = first + (1 << (subnet.max_prefixlen - subnet.prefixlen)) - 1
+            taken.append((first // size, last // size))
+    taken.sort()
+    free: list[int] = []
+    position = 0
+    for first, last in [*taken, (count, count)]:
+        while position < min(first, count) and len(free) < limit:
+            free.append(position)
+            position += 1
+        position = max(position, last + 1)
+    return free
+
+
+def _out_of_subnets(config: NetworkConfig, family: Family, leases: Collection[Lease]) -> str:
+    low, high = config.subnet_range_of(family)
+    assert low is not None and high is not None
+    size = 1 << (low.max_prefixlen - low.prefixlen)
+    count = (int(high.network_address) - int(low.network_address)) // size + 1
+    here = [lease for lease in leases if lease.subnet_of(family) is not None]
+    unfit = [lease.key for lease in here if not fits(config, (lease.subnet, lease.ipv6_subnet))]
+    reserved = [lease.key for lease in here if lease.reservation]
+    text = (
+        f"out of subnets: all {count} IPv{family} subnets from {low} to {high} are taken, {len(here)} leases, "
+        f"{len(reserved)} of them reservations. "
+    )
+    if unfit:
+        text += f"Left over from another configuration: {_some(unfit)}. "
+    if reserved:
+        text += f"Reserved: {_some(reserved)}. "
+    return text + (
+        "Release what is no longer used (flannelctl leases, flannelctl release), let leases of removed nodes expire, "
+        f"or make the network larger or {'SubnetLen' if family == 4 else 'IPv6SubnetLen'} longer"
+    )
+
+
+def _some(keys: list[str]) -> str:
+    more = len(keys) - 5
+    return ", ".join(sorted(keys)[:5]) + (f" and {more} more" if more > 0 else "")

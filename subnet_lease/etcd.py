@@ -1,0 +1,458 @@
+"""The lease store in etcd, with flannel's keys (spec: pkg/subnet/etcd): the LeaseStore protocol's verbs.
+
+    <prefix>/config               the network configuration
+    <prefix>/subnets/10.5.52.0-24 one lease: flannel's JSON, attached to an etcd lease of 24 h; without one, a reservation
+    <prefix>/up/10.5.52.0-24      ours: "the owner of that lease is running", attached to an etcd lease of 30 s
+
+The last tells a node that is off from one that is alive with a mark or an address of ours (docs/adr/0003). It lies
+outside ``subnets/``, so that no flanneld is woken by it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from subnet_lease import allocation
+from subnet_lease.etcd_connection import EtcdConnection, EtcdLeaseGone
+from subnet_lease.etcd_watch import EtcdStatus, SnapshotWatch, decode_lease
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, subnet_key
+from subnet_lease.lease_wire import encode_attrs
+from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
+from subnet_lease.store import (
+    AccessDenied,
+    ConfigMissing,
+    LeaseLost,
+    LeaseRequest,
+    NodeHints,
+    SetupError,
+    StoreError,
+    StoreUnavailable,
+)
+
+log = structlog.get_logger(__name__)
+
+LEASE_TTL: Final = 24 * 3600
+"""Seconds; flannel's."""
+UP_TTL: Final = 30
+"""Seconds after which a node that died no longer counts as alive."""
+UP_INTERVAL: Final = 10.0
+"""Seconds between two signs of life."""
+RENEW_AT_LEAST: Final = 3600.0
+"""Seconds between two renewals at most, whatever the margin: after an hour without etcd, 22 hours are left."""
+RACE_TIME: Final = 60.0
+"""Seconds for which ``acquire`` fights for a subnet before it reports that it lost every race."""
+
+
+def boot_id() -> str:
+    """What tells two machines with the same marks apart: the kernel's id of this boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+class EtcdStore:
+    """LeaseStore over etcd v3. The verbs may be called from several threads; ``watch`` belongs to one."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        prefix: str = "/coreos.com/network",
+        *,
+        keyfile: str = "",
+        certfile: str = "",
+        cafile: str = "",
+        username: str = "",
+        password: str = "",
+        renew_margin_minutes: int = 60,
+        instance: str | None = None,
+    ) -> None:
+        """``instance`` tells this machine from a clone of it; by default the kernel's boot id."""
+        if not 1 <= renew_margin_minutes <= 1439:
+            raise SetupError(f"--subnet-lease-renew-margin {renew_margin_minutes}: must be 1 to 1439 minutes")
+        self._prefix = prefix.rstrip("/")
+        self._connection = EtcdConnection(
+            endpoints,
+            keyfile=keyfile,
+            certfile=certfile,
+            cafile=cafile,
+            username=username,
+            password=password,
+            scope=self._prefix,
+        )
+        self._renew_every = min(LEASE_TTL - renew_margin_minutes * 60.0, RENEW_AT_LEAST)
+        self._instance = boot_id() if instance is None else instance
+        self._status = EtcdStatus()
+        self._held: frozenset[str] = frozenset()
+        self._watch = SnapshotWatch(self._connection, self._prefix, self._status, lambda: self._held)
+        self._renewed: dict[int, float] = {}  # etcd lease id -> time.monotonic() of its last renewal
+        self._up = _UpKey(self._connection, self._prefix, self._instance)
+        self._random = random.Random()
+        self._closed = threading.Event()
+
+    @property
+    def status(self) -> EtcdStatus:
+        return self._status
+
+    def read_config(self) -> NetworkConfig:
+        key = f"{self._prefix}/config"
+        answer = self._connection.call("read the network configuration", lambda client: client.get_response(key))
+        if not answer.kvs:
+            raise ConfigMissing(
+                f"""no network configuration at {key}; write one: flannelctl config set '{{"Network":"10.5.0.0/16"}}'"""
+            )
+        return validate_for_allocation(parse_network_config(answer.kvs[0].value.decode("utf-8", "replace")))
+
+    def hints(self) -> NodeHints:
+        return NodeHints()
+
+    def report(self, ready: bool, reasons: tuple[str, ...]) -> None:
+        """etcd holds nothing of the kind."""
+
+    def find_own(self, request: LeaseRequest) -> Lease | None:
+        leases = self._list()
+        return allocation.find_own(leases, request, self._liveness(request)).lease
+
+    def acquire(self, config: NetworkConfig, request: LeaseRequest) -> Lease:
+        attrs = replace(request.attrs, node=request.identity)
+        deadline = time.monotonic() + RACE_TIME
+        pause = 0.02
+        grant = _Grant(self._connection)
+        try:
+            while True:
+                lease = self._try_acquire(config, request, attrs, grant)
+                if lease is not None:
+                    break
+                if time.monotonic() > deadline or self._closed.is_set():
+                    raise StoreUnavailable(f"lost every race for a subnet under {self._prefix} for {RACE_TIME:g} s")
+                time.sleep(pause * self._random.uniform(0.2, 1.0))
+                pause = min(pause * 2, 0.5)
+        finally:
+            grant.drop_unused()
+        self._held = frozenset({lease.key})
+        if not lease.reservation:
+            self._renewed[lease.store_ref] = time.monotonic()
+        self._up.hold(lease.key, request.identity.name)
+        return lease
+
+    def renew(self, lease: Lease) -> float:
+        current = self._read(lease.key)
+        if current is None or current.store_ref != lease.store_ref or not _same_owner(current, lease):
+            raise self._lost(lease, current)
+        if not lease.reservation:
+            due = self._renewed.get(lease.store_ref, float("-inf")) + self._renew_every
+            if time.monotonic() >= due:
+                if self._keep_alive(lease.store_ref) <= 0:
+                    raise self._lost(lease, None)
+                self._renewed[lease.store_ref] = time.monotonic()
+        self._up.hold(lease.key, lease.attrs.node.name if lease.attrs.node else "")
+        return min(UP_INTERVAL * self._random.uniform(0.9, 1.0), self._renew_every)
+
+    def publish(self, lease: Lease, attrs: LeaseAttrs) -> Lease:
+        node = attrs.node or lease.attrs.node
+        published = self._rewrite(lease, replace(attrs, node=node))
+        if published is None:
+            raise self._lost(lease, self._read(lease.key))
+        return published
+
+    def release(self, lease: Lease) -> None:
+        key = self._key(lease.key)
+
+        def delete(client: Any) -> Any:
+            t = client.transactions
+            return client.transaction(
+                compare=[t.mod(key) == lease.revision, t.version(key) > 0], success=[t.delete(key)], failure=[]
+            )
+
+        done, _ = self._connection.call("release the lease", delete)
+        current = None if done else self._read(lease.key)
+        if current is not None:
+            raise self._lost(lease, current)
+        self._held -= {lease.key}
+        self._up.drop()
+        if lease.store_ref and self._renewed.pop(lease.store_ref, None) is not None:
+            self._connection.call("release the lease", lambda client: _revoke(client, lease.store_ref))
+
+    def watch(self) -> Iterator[LeaseSnapshot]:
+        return self._watch.snapshots()
+
+    def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        try:
+            self._up.drop()
+        except StoreError as error:
+            log.debug("the sign of life stays until it expires", error=str(error))
+        self._watch.close()
+        self._connection.close()
+
+    # -- acquire, step by step -----------------------------------------------------------------------------------
+
+    def _try_acquire(
+        self, config: NetworkConfig, request: LeaseRequest, attrs: LeaseAttrs, grant: _Grant
+    ) -> Lease | None:
+        """One round on a fresh list; None when somebody else was faster."""
+        leases = self._list()
+        found = allocation.find_own(leases, request, self._liveness(request))
+        if found.rival is not None:
+            raise allocation.address_in_use(found.rival, request)
+        own = found.lease
+        if own is not None:
+            subnets = (own.subnet, own.ipv6_subnet)
+            if subnets == request.previous if request.keep else allocation.fits(config, subnets):
+                return self._take_back(own, attrs)
+        others = [lease for lease in leases if lease is not own]
+        subnets = allocation.choose(config, others, request, self._random.randrange)
+        if own is not None and allocation.overlapping([own], subnets):
+            # Ours, but of another shape: it makes room for the new one.
+            self._discard(own)
+        created = self._create(subnets, attrs, grant, allocation.key_tells_all(config, leases))
+        if created is not None and own is not None and not own.reservation:
+            log.info("the old lease does not fit the network any more", old=own.key, new=created.key)
+            self._discard(own)
+        return created
+
+    def _take_back(self, own: Lease, attrs: LeaseAttrs) -> Lease | None:
+        """Go on with our own lease: no write at all when nothing changed."""
+        if not own.reservation and self._keep_alive(own.store_ref) <= 0:
+            return None  # it has just expired; the key is gone with it
+        if encode_attrs(own.attrs) == encode_attrs(attrs):
+            return own
+        return self._rewrite(own, attrs)
+
+    def _create(
+        self, subnets: allocation.Subnets, attrs: LeaseAttrs, grant: _Grant, key_tells_all: bool
+    ) -> Lease | None:
+        """Create the key if nobody has; where one key cannot tell, look whether an older lease overlaps it."""
+        name = subnet_key(*subnets)
+        key, value, lease_id = self._key(name), encode_attrs(attrs), grant.id
+
+        def create(client: Any) -> Any:
+            t = client.transactions
+            return client.transaction(
+                compare=[t.version(key) == 0],
+                success=[
+                    t.put(key, value, lease_id),
+                    t.get(key) if key_tells_all else t.get(self._subnets, _end(self._subnets)),
+                ],
+                failure=[t.get(key)],
+            )
+
+        done, answers = self._connection.call("create a lease", create)
+        if not done:
+            # Ours after all, if the first try was carried out and only its answer got lost.
+            mine = [m for v, m in answers[-1] if m.lease_id == lease_id]
+            if mine:
+                grant.used = True
+                return Lease(*subnets, attrs, revision=mine[0].mod_revision, store_ref=lease_id)
+            return None
+        created: Lease | None = None
+        older: list[Lease] = []
+        for data, meta in answers[-1]:
+            lease = self._decode(meta.key, data, meta.mod_revision, meta.lease_id)
+            if lease is None:
+                continue
+            if lease.key == name:
+                created = lease
+            else:
+                older.append(lease)
+        assert created is not None
+        if allocation.overlapping(older, subnets):
+            self._discard(created)
+            return None
+        grant.used = True
+        return replace(created, attrs=attrs)
+
+    def _rewrite(self, lease: Lease, attrs: LeaseAttrs) -> Lease | None:
+        """Write new attributes if the key is still the revision that we read; None if it is not."""
+        key, value = self._key(lease.key), encode_attrs(attrs)
+
+        def put(client: Any) -> Any:
+            t = client.transactions
+            return client.transaction(
+                compare=[t.mod(key) == lease.revision, t.version(key) > 0],
+                success=[t.put(key, value, lease.store_ref or None), t.get(key)],
+                failure=[t.get(key)],
+            )
+
+        try:
+            _, answers = self._connection.call("rewrite the lease", put)
+        except EtcdLeaseGone:
+            return None
+        for data, meta in answers[-1]:
+            # Also when the comparison failed: the first try may have been carried out and only its answer got lost.
+            if data == value.encode() and meta.lease_id == lease.store_ref:
+                return replace(lease, attrs=attrs, revision=meta.mod_revision)
+        return None
+
+    def _discard(self, lease: Lease) -> None:
+        """Delete a lease of ours by compare-and-swap; whoever changed it meanwhile keeps it."""
+        key = self._key(lease.key)
+
+        def delete(client: Any) -> Any:
+            t = client.transactions
+            return client.transaction(compare=[t.mod(key) == lease.revision], success=[t.delete(key)], failure=[])
+
+        self._connection.call("delete a lease", delete)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def _subnets(self) -> str:
+        return f"{self._prefix}/subnets/"
+
+    def _key(self, name: str) -> str:
+        return self._subnets + name
+
+    def _list(self) -> list[Lease]:
+        """All leases in one range read; unreadable ones are left out, as the watch tells of them."""
+        answer = self._connection.call("read the leases", lambda client: client.get_prefix_response(self._subnets))
+        leases = (self._decode(kv.key, kv.value, kv.mod_revision, kv.lease) for kv in answer.kvs)
+        return [lease for lease in leases if lease is not None]
+
+    def _read(self, name: str) -> Lease | None:
+        answer = self._connection.call("read the lease", lambda client: client.get_response(self._key(name)))
+        for kv in answer.kvs:
+            return self._decode(kv.key, kv.value, kv.mod_revision, kv.lease)
+        return None
+
+    def _decode(self, key: bytes, value: bytes, revision: int, lease_id: int) -> Lease | None:
+        try:
+            return decode_lease(key.decode("utf-8", "replace").removeprefix(self._subnets), value, revision, lease_id)
+        except ValueError:
+            return None
+
+    def _liveness(self, request: LeaseRequest) -> Callable[[Lease], bool]:
+        """Answers by reading an owner's sign of life, for the few leases that the question arises for."""
+
+        def alive(lease: Lease) -> bool:
+            sign = self._up.read(lease.key)
+            if sign is None:
+                return False
+            ours = allocation.likeness(lease.attrs.node, request.identity) == "same"
+            return not (ours and sign == self._instance)
+
+        return alive
+
+    def _keep_alive(self, lease_id: int) -> int:
+        return _keep_alive(self._connection, lease_id)
+
+    def _lost(self, lease: Lease, current: Lease | None) -> LeaseLost:
+        self._held -= {lease.key}
+        self._renewed.pop(lease.store_ref, None)
+        if current is None:
+            return LeaseLost(f"lease {lease.key} of this node is gone from etcd")
+        owner = current.attrs.node.name if current.attrs.node else str(current.attrs.public_ip)
+        if _same_owner(current, lease):
+            return LeaseLost(f"lease {lease.key} of this node was rewritten by another process")
+        return LeaseLost(f"lease {lease.key} of this node now belongs to {owner!r}")
+
+
+def _same_owner(current: Lease, ours: Lease) -> bool:
+    if current.attrs.node is not None and ours.attrs.node is not None:
+        return allocation.likeness(current.attrs.node, ours.attrs.node) in ("same", "alike")
+    return allocation.same_address(current.attrs, ours.attrs)
+
+
+def _end(prefix: str) -> str:
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
+
+
+def _revoke(client: Any, lease_id: int) -> None:
+    try:
+        client.revoke_lease(lease_id)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+
+
+def _keep_alive(connection: EtcdConnection, lease_id: int) -> int:
+    """Renew an etcd lease; the seconds it has now, 0 or less when it is gone."""
+    answers = connection.call("renew the lease", lambda client: list(client.refresh_lease(lease_id)))
+    return answers[0].TTL if answers else 0
+
+
+class _Grant:
+    """An etcd lease of 24 h, granted when it is first needed and handed back if nothing was attached to it."""
+
+    def __init__(self, connection: EtcdConnection) -> None:
+        self._connection = connection
+        self._id = 0
+        self.used = False
+
+    @property
+    def id(self) -> int:
+        if not self._id:
+            self._id = self._connection.call("obtain an etcd lease", lambda client: client.lease(LEASE_TTL).id)
+        return self._id
+
+    def drop_unused(self) -> None:
+        if self._id and not self.used:
+            try:
+                self._connection.call("return an etcd lease", lambda client: _revoke(client, self._id))
+            except StoreError as error:
+                log.debug("an unused etcd lease stays until it expires", error=str(error))
+
+
+class _UpKey:
+    """Our own sign of life: a key on a short etcd lease, and those of others."""
+
+    def __init__(self, connection: EtcdConnection, prefix: str, instance: str) -> None:
+        self._connection = connection
+        self._prefix = f"{prefix}/up/"
+        self._instance = instance
+        self._lease_id = 0
+        self._name = ""
+        self._denied = False
+
+    def read(self, name: str) -> str | None:
+        """The instance that says it owns this lease and runs, None when nobody does."""
+        try:
+            answer = self._connection.call(
+                "read a sign of life", lambda client: client.get_response(self._prefix + name)
+            )
+        except AccessDenied:
+            return None  # told when we write ours
+        for kv in answer.kvs:
+            try:
+                return str(json.loads(kv.value)["Instance"])
+            except (ValueError, KeyError, TypeError):
+                return ""
+        return None
+
+    def hold(self, name: str, node: str) -> None:
+        """Show that the owner of this lease runs; to be repeated within UP_TTL."""
+        try:
+            if self._name == name and self._lease_id and _keep_alive(self._connection, self._lease_id) > 0:
+                return
+            self._put(name, node)
+        except AccessDenied as error:
+            if not self._denied:
+                log.warning("a clone of this node could take its address unnoticed: no sign of life", error=str(error))
+            self._denied = True
+
+    def _put(self, name: str, node: str) -> None:
+        self.drop()
+        value = json.dumps({"Instance": self._instance, "Node": node}, separators=(",", ":"))
+        lease_id = self._connection.call("obtain an etcd lease", lambda client: client.lease(UP_TTL).id)
+        self._connection.call(
+            "show a sign of life", lambda client: client.put(self._prefix + name, value, lease=lease_id)
+        )
+        self._lease_id, self._name = lease_id, name
+
+    def drop(self) -> None:
+        """Take the sign back: we are gone on purpose."""
+        if self._lease_id:
+            lease_id, self._lease_id, self._name = self._lease_id, 0, ""
+            self._connection.call("take back the sign of life", lambda client: _revoke(client, lease_id))

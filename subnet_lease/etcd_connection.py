@@ -1,0 +1,286 @@
+"""One connection to an etcd cluster: endpoints with failover, TLS, login, and errors that name the remedy.
+
+The only module that knows python-etcd3's ways (docs/adr/0002-etcd-client.md). Its client fails over between calls,
+but never retries one, logs in once, and turns gRPC's errors into exceptions without text; the rest is here.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import etcd3
+import grpc
+from etcd3 import etcdrpc, exceptions
+
+from subnet_lease.store import AccessDenied, SetupError, StoreError, StoreUnavailable
+
+Result = TypeVar("Result")
+
+
+class EtcdLeaseGone(StoreError):
+    """The etcd lease that a call names does not exist (any more)."""
+
+    cause = "lease_lost"
+
+
+CALL_TIMEOUT: Final = 5.0
+"""Seconds for one call to one endpoint."""
+
+_CHANNEL_OPTIONS: Final = {
+    # A dead connection is found within 15 s; etcd refuses pings more often than every 5 s.
+    "grpc.keepalive_time_ms": 10_000,
+    "grpc.keepalive_timeout_ms": 5_000,
+    "grpc.http2.max_pings_without_data": 0,
+    # gRPC waits up to two minutes between attempts to connect; the network daemon is wanted back at once.
+    "grpc.initial_reconnect_backoff_ms": 200,
+    "grpc.min_reconnect_backoff_ms": 1_000,
+    "grpc.max_reconnect_backoff_ms": 2_000,
+    # 4 MB is some 12,000 leases.
+    "grpc.max_receive_message_length": -1,
+    # etcd is never behind a web proxy, but a node's environment often names one.
+    "grpc.enable_http_proxy": 0,
+}
+_ENDPOINT: Final = re.compile(r"(https?)://(\[[0-9a-fA-F:.]+\]|[^/:\[\]@?#\s]+)(?::(\d{1,5}))?/?")
+_SWITCH: Final = (exceptions.ConnectionFailedError, exceptions.ConnectionTimeoutError, exceptions.InternalServerError)
+
+
+def parse_endpoint(text: str) -> tuple[bool, str, int]:
+    """Secure or not, host, port of ``http(s)://host:port``; SetupError says what is wrong."""
+    parts = _ENDPOINT.fullmatch(text.strip())
+    port = int(parts[3] or 2379) if parts else 0
+    if parts is None or not 0 < port < 65536:
+        raise SetupError(f"etcd endpoint {text!r}: must look like http://10.0.0.1:2379 or https://etcd.example:2379")
+    return parts[1] == "https", parts[2], port
+
+
+class EtcdConnection:
+    """Calls and streams over whichever endpoint answers. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        *,
+        keyfile: str = "",
+        certfile: str = "",
+        cafile: str = "",
+        username: str = "",
+        password: str = "",
+        scope: str = "",
+        timeout: float = CALL_TIMEOUT,
+    ) -> None:
+        parsed = [parse_endpoint(text) for text in dict.fromkeys(endpoints) if text.strip()]
+        if not parsed:
+            raise SetupError("no etcd endpoint is given: set --etcd-endpoints, such as http://10.0.0.1:2379")
+        if bool(username) != bool(password):
+            raise SetupError("etcd login needs both --etcd-username and --etcd-password")
+        self._names = ", ".join(dict.fromkeys(text.strip() for text in endpoints if text.strip()))
+        self._login = (username, password) if username else None
+        self._scope = scope
+        self._closed = False
+        self._login_useless = False
+        self._login_lock = threading.Lock()
+        # Without TLS files for https endpoints gRPC uses the roots that it brings along; flannel uses the system's.
+        credentials = _credentials(keyfile, certfile, cafile) if any(secure for secure, _, _ in parsed) else None
+        # A failed endpoint is passed over for a while, in favour of the others; alone, it is tried again at once.
+        pause = 5.0 if len(parsed) > 1 else 0.0
+        self._client = etcd3.MultiEndpointEtcd3Client(
+            [
+                etcd3.Endpoint(
+                    host, port, secure=secure, creds=credentials, time_retry=pause, opts=list(_CHANNEL_OPTIONS.items())
+                )
+                for secure, host, port in parsed
+            ],
+            timeout=timeout,
+            failover=True,
+        )
+        self._attempts = len(parsed)
+        self._set_token(None)
+
+    def __repr__(self) -> str:
+        return f"EtcdConnection({self._names})"
+
+    @property
+    def names(self) -> str:
+        """The endpoints, for messages."""
+        return self._names
+
+    def call(self, what: str, function: Callable[[Any], Result]) -> Result:
+        """Run ``function(client)``, on the next endpoint if one fails, after a new login if the old one expired."""
+        failure: Exception | None = None
+        logins = 0
+        for _ in range(self._attempts + 2):
+            token = self._client.metadata
+            try:
+                if self._login and logins == 0 and not self._has_token() and not self._login_useless:
+                    logins += 1
+                    self._authenticate(token)
+                return function(self._client)
+            except _SWITCH as error:
+                failure = error
+            except exceptions.NoServerAvailableError as error:
+                self._forgive()
+                failure = failure or error
+            except grpc.RpcError as error:
+                if self._login and logins < 2 and _login_expired(error):
+                    logins += 1
+                    failure = error
+                    self._forget_token(token)
+                    continue
+                raise self._translate(what, error) from None
+            except (etcd3.Etcd3Exception, ValueError) as error:  # ValueError: the channel is closed
+                raise self._translate(what, error) from None
+        assert failure is not None
+        raise self._translate(what, failure) from None
+
+    def watch(self, requests: Iterator[Any]) -> Any:
+        """A raw watch stream: a gRPC call that yields WatchResponse. Its end is told to ``stream_failed``.
+
+        The library's own Watcher is not used: it drops the answer with which etcd cancels a watch (an expired login,
+        a lost permission), so that such a watch looks healthy for ever, and it cannot ask for progress.
+        """
+
+        def start(client: Any) -> Any:
+            return etcdrpc.WatchStub(client.channel).Watch(requests, metadata=client.metadata)
+
+        return self.call("watch", start)
+
+    def stream_failed(self, error: grpc.RpcError) -> StoreError:
+        """Note that a stream broke, so that the next one goes elsewhere; the error to report."""
+        if _login_expired(error):
+            self._forget_token(self._client.metadata)
+        elif error.code() is not grpc.StatusCode.CANCELLED:
+            self._client.endpoint_in_use.fail()
+        return self._translate("watch", error)
+
+    def watch_refused(self, reason: str) -> StoreError:
+        """The error for a watch that etcd cancelled, saying ``reason``."""
+        if "permission denied" in reason:
+            return self._denied("watch", reason)
+        if "auth token" in reason or "user name is empty" in reason:
+            self._forget_token(self._client.metadata)
+        return StoreUnavailable(f"etcd cancelled the watch: {_short(reason) or 'no reason given'}")
+
+    def close(self) -> None:
+        self._closed = True
+        self._client.close()
+
+    # -- login ---------------------------------------------------------------------------------------------------
+
+    def _has_token(self) -> bool:
+        return any(name == "token" for name, _ in self._client.metadata)
+
+    def _set_token(self, token: str | None) -> None:
+        # hasleader: a member cut off from its cluster refuses at once instead of answering with what it remembers.
+        # The library would also pass the token as call credentials, which gRPC refuses on a plain connection.
+        self._client.metadata = (("hasleader", "true"), *((("token", token),) if token else ()))
+
+    def _forget_token(self, seen: Any) -> None:
+        self._login_useless = False
+        if self._client.metadata is seen:
+            self._set_token(None)
+
+    def _authenticate(self, seen: Any) -> None:
+        assert self._login is not None
+        with self._login_lock:
+            if self._client.metadata is not seen:
+                return  # another thread has logged in meanwhile
+            name, password = self._login
+            request = etcdrpc.AuthenticateRequest(name=name, password=password)
+            client = self._client
+            try:
+                self._set_token(client.authstub.Authenticate(request, client.timeout, metadata=client.metadata).token)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    self._login_useless = True  # the server asks for no login: etcd's own client goes on without, too
+                    return
+                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    client.endpoint_in_use.fail()
+                    raise exceptions.ConnectionFailedError from error
+                raise
+
+    def _forgive(self) -> None:
+        """Every endpoint failed a moment ago: try them all again, rather than none."""
+        for endpoint in self._client.endpoints.values():
+            endpoint.last_failed = 0
+
+    # -- errors --------------------------------------------------------------------------------------------------
+
+    def _translate(self, what: str, error: BaseException) -> StoreError:
+        if self._closed:
+            return StoreUnavailable("the connection to etcd is closed")
+        cause = error if isinstance(error, grpc.RpcError) else error.__context__
+        code = cause.code() if isinstance(cause, grpc.RpcError) else None
+        detail = (cause.details() or "") if isinstance(cause, grpc.RpcError) else str(error)
+        user = f"user {self._login[0]!r}" if self._login else "without login"
+        if _wrong_login(detail):
+            return AccessDenied(f"etcd refuses {user}: wrong name or password; check --etcd-username and its password")
+        if "user name is empty" in detail or "user name not found" in detail:
+            return AccessDenied("etcd asks for a login: set --etcd-username and --etcd-password")
+        if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+            return self._denied(what, detail)
+        if code is grpc.StatusCode.NOT_FOUND:
+            return EtcdLeaseGone(f"etcd cannot {what}: {_short(detail)}")
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            detail = f"no answer within {self._client.timeout:g} s"
+        return StoreUnavailable(f"etcd does not answer ({what}; tried {self._names}): {_short(detail)}")
+
+    def _denied(self, what: str, detail: str) -> AccessDenied:
+        user = f"user {self._login[0]!r}" if self._login else "without login"
+        return AccessDenied(
+            f"etcd denies {user} to {what} under {self._scope}: {_short(detail)}; grant read and write on that prefix "
+            f"(etcdctl role grant-permission ROLE --prefix=true readwrite {self._scope}/)"
+        )
+
+
+def _login_expired(error: grpc.RpcError) -> bool:
+    """The token is not known (any more): tokens expire, and an etcd that restarts forgets them."""
+    detail = error.details() or ""
+    return error.code() is grpc.StatusCode.UNAUTHENTICATED or "user name is empty" in detail or "auth token" in detail
+
+
+def _wrong_login(detail: str) -> bool:
+    return "authentication failed" in detail
+
+
+def _short(detail: str) -> str:
+    """gRPC wraps the reason in its own machinery; keep what helps."""
+    text = " ".join(detail.split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _read(option: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SetupError(f"--etcd-{option} {path}: {error.strerror or error}") from None
+
+
+def _credentials(keyfile: str, certfile: str, cafile: str) -> grpc.ChannelCredentials:
+    """TLS credentials; a CA alone, a client certificate, or both. SetupError names the file that is wrong."""
+    import ssl  # only those who use TLS pay for it
+
+    if bool(keyfile) != bool(certfile):
+        raise SetupError("an etcd client certificate needs both --etcd-certfile and --etcd-keyfile")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority = cafile or ssl.get_default_verify_paths().cafile
+    roots = _read("cafile", authority) if authority else None
+    key = _read("keyfile", keyfile) if keyfile else None
+    certificate = _read("certfile", certfile) if certfile else None
+    if cafile:
+        try:
+            context.load_verify_locations(cafile=cafile)
+        except (ssl.SSLError, ValueError):
+            raise SetupError(f"--etcd-cafile {cafile}: holds no certificate in PEM form") from None
+    if certfile:
+        try:
+            context.load_cert_chain(certfile, keyfile, password=lambda: "")
+        except (ssl.SSLError, ValueError) as error:
+            raise SetupError(
+                f"--etcd-certfile {certfile} and --etcd-keyfile {keyfile}: "
+                f"not a certificate and its unencrypted key in PEM form ({getattr(error, 'reason', None) or error})"
+            ) from None
+    return grpc.ssl_channel_credentials(roots, key, certificate)

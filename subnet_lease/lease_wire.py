@@ -1,0 +1,121 @@
+"""How a lease is spelled in etcd: flannel's key and flannel's JSON, byte for byte (pkg/subnet, pkg/lease).
+
+Key:   10.5.52.0-24   or   10.5.52.0-24&fc00:0:0:34::-64
+Value: {"PublicIP":"192.168.64.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"…"}}
+
+One key of our own, ``Node``, may stand at the end; flannel ignores it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any, Final
+
+from subnet_lease import go_json
+from subnet_lease.lease import LeaseAttrs, NodeIdentity, subnet_key
+
+_KEY: Final = re.compile(r"(\d+\.\d+\.\d+\.\d+)-(\d+)(?:&([0-9a-f:.]+)-(\d+))?", re.ASCII)
+_NAMES: Final = ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data", "Node")
+_MARKS: Final = ("Name", "MachineID", "MAC")
+_NO_BACKEND_TYPE: Final = frozenset({"udp", "alloc", "tencent-vpc"})  # flannel leaves the key out for these
+# What Go's encoder escapes beyond JSON's own needs.
+_GO_ESCAPES: Final = str.maketrans(
+    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+)
+
+
+def encode_attrs(attrs: LeaseAttrs) -> str:
+    """The value of a lease's key."""
+    value: dict[str, Any] = {
+        "PublicIP": str(attrs.public_ip or "0.0.0.0"),
+        "PublicIPv6": str(attrs.public_ipv6) if attrs.public_ipv6 else None,
+    }
+    if attrs.backend_type and attrs.backend_type not in _NO_BACKEND_TYPE:
+        value["BackendType"] = attrs.backend_type
+    if attrs.backend_data is not None:
+        value["BackendData"] = attrs.backend_data
+    if attrs.backend_v6_data is not None:
+        value["BackendV6Data"] = attrs.backend_v6_data
+    if attrs.node is not None:
+        value["Node"] = dict(zip(_MARKS, (attrs.node.name, attrs.node.machine_id, attrs.node.mac), strict=True))
+    return go_dumps(value)
+
+
+def go_dumps(value: Any) -> str:
+    """JSON as Go's json.Marshal writes it: no spaces, text beyond ASCII as it is, <, > and & escaped."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate(_GO_ESCAPES).encode("utf-8", "replace").decode()
+
+
+def decode_attrs(text: str) -> LeaseAttrs:
+    """Read a lease's value by Go's rules; other keys are ignored. ValueError names key, value and rule."""
+    value, _ = go_json.fold(go_json.parse_object(text), _NAMES)
+    backend_type = value.get("BackendType")
+    if backend_type is not None and not isinstance(backend_type, str):
+        raise ValueError(f"BackendType {go_json.describe(backend_type)}: must be text")
+    return LeaseAttrs(
+        public_ip=_public_ip(value["PublicIP"]) if "PublicIP" in value else None,
+        public_ipv6=_public_ipv6(value.get("PublicIPv6")),
+        backend_type=backend_type or "",
+        backend_data=value.get("BackendData"),
+        backend_v6_data=value.get("BackendV6Data"),
+        node=_node(value.get("Node")),
+    )
+
+
+def _public_ip(value: Any) -> IPv4Address | None:
+    try:
+        if not isinstance(value, str):
+            raise ValueError
+        address = IPv4Address(value)
+    except ValueError:
+        raise ValueError(f"PublicIP {go_json.describe(value)}: must be an IPv4 address") from None
+    if address.is_multicast or int(address) == 0xFFFFFFFF:
+        raise ValueError(f"PublicIP {address}: must be the address of one node, not multicast or broadcast")
+    return address if int(address) else None
+
+
+def _public_ipv6(value: Any) -> IPv6Address | None:
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, str) or "%" in value:
+            raise ValueError
+        address = IPv6Address(value)
+    except ValueError:
+        raise ValueError(f"PublicIPv6 {go_json.describe(value)}: must be an IPv6 address") from None
+    if address.is_multicast:
+        raise ValueError(f"PublicIPv6 {address}: must be the address of one node, not multicast")
+    return address if int(address) else None
+
+
+def _node(value: Any) -> NodeIdentity | None:
+    """The owner's identity; a key of that name which someone else wrote in another shape is ignored."""
+    if not isinstance(value, dict):
+        return None
+    known, _ = go_json.fold(value, _MARKS)
+    marks = [known.get(mark, "") for mark in _MARKS]
+    if not all(isinstance(mark, str) for mark in marks) or not any(marks):
+        return None
+    return NodeIdentity(*marks)
+
+
+def parse_subnet_key(key: str) -> tuple[IPv4Network | None, IPv6Network | None]:
+    """The subnets that a key names, None for the IPv4 part 0.0.0.0-0. ValueError says what is wrong."""
+    parts = _KEY.fullmatch(key)
+    if parts is None:
+        raise ValueError(f"key {key!a}: must look like 10.5.52.0-24 or 10.5.52.0-24&fc00:0:0:34::-64")
+    try:
+        v4 = IPv4Network(f"{parts[1]}/{parts[2]}") if (parts[1], parts[2]) != ("0.0.0.0", "0") else None
+        v6 = IPv6Network(f"{parts[3]}/{parts[4]}") if parts[3] else None
+    except ValueError as error:
+        raise ValueError(f"key {key!a}: {error}") from None
+    if v4 is None and v6 is None:
+        raise ValueError(f"key {key!a}: names no subnet")
+    if (v4 and not 0 < v4.prefixlen <= 31) or (v6 and not 0 < v6.prefixlen <= 127):
+        raise ValueError(f"key {key!a}: the prefix length must be 1 to 31, for IPv6 1 to 127")
+    if subnet_key(v4, v6) != key:
+        raise ValueError(f"key {key!a}: must be spelled {subnet_key(v4, v6)}")
+    return v4, v6
