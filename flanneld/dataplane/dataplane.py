@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -41,8 +41,7 @@ class Dataplane:
     def __init__(self, handlers: Sequence[Handler] = (), *, monitor_buffer: int = MONITOR_BUFFER) -> None:
         self._handlers = tuple(handlers)
         self._answers: list[Mapping[Key, Record]] = [{} for _ in self._handlers]
-        self._links_told: dict[str, Link] = {}
-        self._scope: Scope | None = None
+        self._sysctls: set[Key] = set()
         self._netlink = Netlink()
         self._monitor = Monitor(self._netlink.port_id, monitor_buffer)
         self._look = Look(self._netlink, self._monitor)
@@ -55,11 +54,11 @@ class Dataplane:
         Raises OSError when the kernel cannot be asked.
         """
         fresh = self._look.refresh(scope.devices, scope.networks)
-        if self._scope is None or self._scope.sysctls != scope.sysctls:
-            fresh = fresh or self._scope is None
-        self._scope = scope
         mirror = self._look.mirror
-        mirror.replace(dict(sysctl.observe(scope.sysctls)), lambda _, record: isinstance(record, Sysctl))
+        sysctls = sysctl.observe(scope.sysctls)
+        for key in self._sysctls | sysctls.keys():
+            mirror.learn(key, sysctls.get(key))
+        self._sysctls = set(sysctls)
         self._ask_handlers(scope)
         changed = mirror.take_changed()
         return Observation(mirror.state, None if fresh else changed, self._look.interfaces.snapshot())
@@ -175,6 +174,3 @@ class Dataplane:
             elif change.op == "put":
                 self._look.mirror.know(change.record.key, change.record)
         return failures
-
-
-Wake = Callable[[], None]

@@ -73,6 +73,7 @@ class Look:
         self._networks: tuple[str, ...] = ()
         self._filter = RouteFilter()
         self._all_stale = True
+        self._blind = False  # the last look failed
         self._stale: set[int] = set()  # interfaces to be looked at again
         self._stale_families: set[int] = set()  # whose routes are to be looked at again
         self._doubled: set[Key] = set()  # keys for which the kernel holds more than one route
@@ -85,33 +86,30 @@ class Look:
 
     @property
     def pending(self) -> bool:
-        """Whether ``refresh`` has something to look at or something new to tell."""
-        return bool(
-            self._all_stale or self._stale or self._stale_families or self.mirror.pending or self.interfaces.pending
-        )
+        """Whether ``refresh`` has something to look at or something new to tell; no, while looking fails."""
+        stale = self._all_stale or self._stale or self._stale_families
+        return not self._blind and bool(stale or self.mirror.pending or self.interfaces.pending)
 
     def refresh(self, devices: frozenset[str], networks: tuple[str, ...]) -> bool:
         """Bring everything up to date. True if that took a look at everything."""
         if (devices, networks) != (self._devices, self._networks):
             self._devices, self._networks = devices, networks
             self._all_stale = True
-        self.drain()
-        if self._all_stale:
-            self._all_stale = False
-            self._stale.clear()
-            self._stale_families.clear()
-            try:
-                self._everything()
-            except OSError:
-                self._all_stale = True
-                raise
+        self._blind = True
+        try:
             self.drain()
-            return True
-        while self._stale:
-            self._again(self._stale.pop())
-        while self._stale_families:
-            self._routes_again(self._stale_families.pop())
-        return False
+            everything = self._all_stale
+            if everything:
+                self._look_at_everything()
+            while self._stale:
+                self._again(self._stale.pop())
+            while self._stale_families:
+                self._routes_again(self._stale_families.pop())
+        except OSError:
+            self._all_stale = True
+            raise
+        self._blind = False
+        return everything
 
     def drain(self) -> None:
         """Take in the messages that wait. Lost messages lead to a look at everything."""
@@ -142,7 +140,10 @@ class Look:
                 if answer >= RTM_NEWLINK:
                     yield data, start, end
 
-    def _everything(self) -> None:
+    def _look_at_everything(self) -> None:
+        self._all_stale = False
+        self._stale.clear()
+        self._stale_families.clear()
         links = [decode_link(*found) for found in self._dump(RTM_GETLINK, link_wire.dump_body())]
         seen = [decode_address(*found) for found in self._dump(RTM_GETADDR, IFADDRMSG.pack(0, 0, 0, 0, 0))]
         self.interfaces.load(links, ((found.index, found.address) for found in seen if found))
@@ -157,6 +158,7 @@ class Look:
             fresh[link.key] = link
         kinds = (Link, Address, Neighbour, FdbEntry, Route)
         self.mirror.replace(fresh, lambda _, record: isinstance(record, kinds))
+        self.drain()
 
     def _know_devices(self) -> None:
         """Which interfaces are ours, by the table of interfaces; their Link records."""
@@ -283,7 +285,7 @@ class Look:
             # Routes that need the address go without a message.
             if self.mirror.carries_routes(name):
                 self._stale.add(seen.index)
-            if self.mirror.carries_routes("", text.partition("/")[0]):
+            if self.mirror.sends_from(text.partition("/")[0]):
                 self._stale_families.add(family_of(text))
         if seen.index in self._filter.devices and not text.startswith(_FE80_10):
             self.mirror.learn((Kind.ADDRESS, name, text), Address(name, text) if new else None)
@@ -321,7 +323,8 @@ class Look:
         self.interfaces.remove_link(index)
         if keep_addresses:
             self.interfaces.addresses[index] = addresses
-        self.mirror.drop_device(link.name)
+        if self.is_ours(link.name) or self.mirror.carries_routes(link.name):
+            self.mirror.drop_device(link.name)
         self._stale.discard(index)
         self._know_devices()
 

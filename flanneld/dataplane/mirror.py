@@ -6,10 +6,11 @@ the value differs from what was last observed. ``know`` is our own acknowledged 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from backends.kernel_state import Interface, InterfaceAddress, Key, Link, Record, Route
+from backends.kernel_state import Interface, InterfaceAddress, Key, Kind, Link, Record, Route
 from flanneld.dataplane.links import IFF_LOOPBACK, RawLink
 
 
@@ -19,6 +20,7 @@ class Mirror:
     def __init__(self) -> None:
         self.state: dict[Key, Record] = {}
         self._before: dict[Key, Record | None] = {}
+        self._routes_on: Counter[str | None] = Counter()
 
     def learn(self, key: Key, record: Record | None) -> None:
         old = self.state.get(key)
@@ -42,12 +44,13 @@ class Mirror:
         """A device is gone, and everything on it with it; the kernel does not tell one by one."""
         self.replace({}, lambda _, record: device_of(record) == name)
 
-    def carries_routes(self, name: str, address: str = "") -> bool:
-        """Whether a route goes over this device or uses this source address."""
-        return any(
-            type(record) is Route and (record.dev == name or (record.src is not None and record.src == address))
-            for record in self.state.values()
-        )
+    def carries_routes(self, name: str) -> bool:
+        """Whether a route goes over this device."""
+        return self._routes_on[name] > 0
+
+    def sends_from(self, address: str) -> bool:
+        """Whether a route uses this source address."""
+        return any(type(record) is Route and record.src == address for record in self.state.values())
 
     @property
     def pending(self) -> bool:
@@ -61,6 +64,11 @@ class Mirror:
         return changed
 
     def _set(self, key: Key, record: Record | None) -> None:
+        if key[0] == Kind.ROUTE:
+            if isinstance(old := self.state.get(key), Route):
+                self._routes_on[old.dev] -= 1
+            if isinstance(record, Route):
+                self._routes_on[record.dev] += 1
         if record is None:
             self.state.pop(key, None)
         else:

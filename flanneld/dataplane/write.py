@@ -143,6 +143,7 @@ class Writer:
     def _make(self, link: Link, standing: RawLink | None, made_elsewhere: bool) -> None:
         names = self._look.interfaces.names
         if standing is not None:
+            self._refuse_other_kind(link, standing)
             settings = link.settings if made_elsewhere else link_wire.settings_of(standing, names.get)
             seen = Link(link.name, settings, standing.mtu, standing.mac, standing.up)
             if link_wire.alterable(link, settings):
@@ -166,6 +167,17 @@ class Writer:
                 raise
             modules.load("vxlan" if isinstance(link.settings, Vxlan) else "ipip")
             self._netlink.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+    def _refuse_other_kind(self, link: Link, standing: RawLink) -> None:
+        """A device of that name that no flannel made is its owner's to remove."""
+        wanted = {Vxlan: "vxlan", Ipip: "ipip"}.get(type(link.settings))
+        if wanted is not None and standing.kind != wanted:
+            kind = standing.kind or "hardware"
+            raise NetlinkError(
+                errno.EEXIST,
+                f"a device of that name is there, but its kind is {kind}, not {wanted}. "
+                f"Rename or remove it: ip link del {link.name}",
+            )
 
     def _alter(self, link: Link, seen: Link, index: int) -> None:
         underlay = self._underlay(link) if isinstance(link.settings, (Vxlan, Ipip)) else 0
@@ -206,7 +218,7 @@ class Writer:
         if error.errno == errno.EPERM:
             return ". Run as root, or with CAP_NET_ADMIN"
         if isinstance(settings, Vxlan):
-            if error.errno in (errno.EEXIST, errno.EADDRINUSE):
+            if error.errno in (errno.EEXIST, errno.EADDRINUSE) and "its kind is" not in error.hint:
                 rival = self._rival(link.name, settings)
                 return f". {rival or 'Another device or program'} uses VNI {settings.vni} or UDP port {settings.port}; choose another VNI or Port, or remove it"
             if error.errno in (errno.EINVAL, errno.ERANGE):
