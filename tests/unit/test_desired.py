@@ -1,0 +1,113 @@
+"""The desired state follows snapshots lease by lease, and refuses what would do harm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+
+from backends.kernel_state import FdbEntry, Kind, Route
+from backends.vxlan import Vxlan
+from flanneld.desired import DesiredState, Standing
+from subnet_lease.lease import Lease, LeaseAttrs
+from tests.unit.backend_values import host
+
+FACTS = {"vtep_mac": "02:00:00:00:00:01", "vtep_mac_v6": "02:00:00:00:06:01"}
+
+
+def lease(subnet: str, number: int, mac: str | None = None, kind: str = "vxlan") -> Lease:
+    data = {"VNI": 1, "VtepMAC": mac or f"02:00:00:00:01:{number:02x}"}
+    attrs = LeaseAttrs(IPv4Address(f"192.168.64.{number}"), backend_type=kind, backend_data=data)
+    return Lease(IPv4Network(subnet), None, attrs)
+
+
+OWN = Lease(IPv4Network("10.5.1.0/24"), None, LeaseAttrs(IPv4Address("192.168.64.2"), backend_type="vxlan"))
+
+
+def desired() -> DesiredState:
+    return DesiredState(Standing(Vxlan({}), host(facts=FACTS), OWN))
+
+
+def snapshot(*leases: Lease) -> dict[str, Lease]:
+    return {found.key: found for found in leases}
+
+
+def routes(state: DesiredState) -> set[str]:
+    return {r.dst for r in state.state.values() if isinstance(r, Route)}
+
+
+def test_peers_come_and_go_and_the_touched_keys_are_theirs():
+    state = desired()
+    a, b = lease("10.5.2.0/24", 12), lease("10.5.3.0/24", 13)
+    assert len(state.update(snapshot(OWN, a, b))) == 6
+    assert routes(state) == {"10.5.2.0/24", "10.5.3.0/24"}
+    touched = state.update(snapshot(OWN, a))
+    assert {key[0] for key in touched} == {Kind.FDB, Kind.NEIGHBOUR, Kind.ROUTE}
+    assert routes(state) == {"10.5.2.0/24"}
+    assert state.peers == 1
+
+
+def test_an_unchanged_lease_is_not_looked_at():
+    state = desired()
+    a = lease("10.5.2.0/24", 12)
+    first = snapshot(OWN, a)
+    state.update(first)
+    assert state.update(dict(first)) == set()
+    assert state.update(first) == set()
+
+
+def test_a_peer_with_a_new_mac_loses_the_old_entry():
+    state = desired()
+    state.update(snapshot(OWN, lease("10.5.2.0/24", 12)))
+    state.update(snapshot(OWN, lease("10.5.2.0/24", 12, "02:00:00:00:09:09")))
+    assert [r.mac for r in state.state.values() if isinstance(r, FdbEntry)] == ["02:00:00:00:09:09"]
+
+
+def test_our_own_lease_and_foreign_backends_are_no_peers():
+    state = desired()
+    state.update(snapshot(OWN, lease("10.5.2.0/24", 12, kind="host-gw")))
+    assert routes(state) == set()
+    assert state.refused == {}
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (lease("10.6.2.0/24", 12), "outside the network 10.5.0.0/16"),
+        (lease("10.5.1.128/25", 12), "overlaps this node's own subnet"),
+        (lease("10.5.0.0/17", 12), "overlaps this node's own subnet"),
+    ],
+)
+def test_a_lease_that_would_do_harm_is_refused(bad, says):
+    state = desired()
+    good = lease("10.5.3.0/24", 13)
+    state.update(snapshot(OWN, bad, good))
+    assert says in state.refused[bad.key]
+    assert routes(state) == {"10.5.3.0/24"}
+
+
+def test_two_peers_with_one_mac_the_first_keeps_it_and_the_second_gets_it_when_the_first_goes():
+    state = desired()
+    a, b = lease("10.5.2.0/24", 12, "02:00:00:00:05:05"), lease("10.5.3.0/24", 13, "02:00:00:00:05:05")
+    state.update(snapshot(OWN, a, b))
+    assert routes(state) == {"10.5.2.0/24"}
+    assert "belongs to lease 10.5.2.0-24" in state.refused[b.key]
+    state.update(snapshot(OWN, b))
+    assert routes(state) == {"10.5.3.0/24"}
+    assert state.refused == {}
+
+
+def test_a_refused_lease_that_goes_is_forgotten():
+    state = desired()
+    bad = lease("10.6.2.0/24", 12)
+    state.update(snapshot(OWN, bad))
+    state.update(snapshot(OWN))
+    assert state.refused == {}
+
+
+def test_the_blackhole_stands_behind_the_bridges_own_route():
+    standing = replace(desired().standing, blackhole=True)
+    hole = next(r for r in DesiredState(standing).state.values() if isinstance(r, Route))
+    assert (hole.dst, hole.type, hole.dev) == ("10.5.1.0/24", "blackhole", None)
+    assert hole.metric is not None and hole.metric > 0

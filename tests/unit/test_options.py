@@ -1,0 +1,102 @@
+"""Flags and variables as flannel's users write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from flanneld.options import FLAGS, parse
+
+
+def options(*argv, **env):
+    return parse(argv, env)[0]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--ip-masq",),
+        ("-ip-masq",),
+        ("--ip-masq=true",),
+        ("-ip-masq=1",),
+        ("--ip-masq", "--v=2"),
+        ("--ip-masq", "true"),
+    ],
+)
+def test_booleans_in_every_spelling(argv):
+    assert options(*argv).ip_masq is True
+
+
+def test_a_boolean_with_false_does_not_swallow_later_flags():
+    found = options("--ip-masq", "false", "--etcd-prefix=/x")
+    assert (found.ip_masq, found.etcd_prefix) == (False, "/x")
+
+
+def test_repeatable_flags_keep_their_order():
+    assert options("--iface=eth1", "-iface", "eth0").iface == ("eth1", "eth0")
+
+
+def test_variables_count_only_when_the_flag_is_absent_and_the_value_is_not_empty():
+    found = options("--etcd-prefix=/flag", FLANNELD_ETCD_PREFIX="/env", FLANNELD_IFACE="eth3", FLANNELD_PUBLIC_IP="")
+    assert (found.etcd_prefix, found.iface, found.public_ip) == ("/flag", ("eth3",), "")
+
+
+def test_a_bad_variable_is_a_warning_and_the_default():
+    found, warnings = parse([], {"FLANNELD_HEALTHZ_PORT": "many"})
+    assert found.healthz_port == 0
+    assert warnings == ("FLANNELD_HEALTHZ_PORT: 'many' is not a whole number; using the default 0",)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--no-such-flag"], "no-such-flag"),
+        (["--ip-masq=perhaps"], "perhaps"),
+        (["--subnet-lease-renew-margin=1440"], "1 to 1439"),
+        (["--subnet-lease-renew-margin=0"], "1 to 1439"),
+        (["--public-ip=nowhere"], "not an IPv4 address"),
+        (["--iface-regex=("], "iface-regex"),
+        (["--iface-can-reach=nowhere"], "not an IP address"),
+        (["--healthz-port=70000"], "not a port"),
+        (["--log-format=xml"], "auto, console or json"),
+        (["--etcd-pre=/x"], "etcd-pre"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_names_the_thing(argv, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(argv, {})
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_bad_event_queue_depth_is_fatal_as_in_flannel(capsys):
+    with pytest.raises(SystemExit):
+        parse([], {"EVENT_QUEUE_DEPTH": "lots"})
+    assert "EVENT_QUEUE_DEPTH" in capsys.readouterr().err
+
+
+def test_the_password_is_never_shown():
+    found = options("--etcd-password=hunter2", "--etcd-username=root")
+    assert "hunter2" not in str(found.redacted())
+    assert found.redacted()["etcd_username"] == "root"
+
+
+def test_the_node_name_comes_from_the_flag_then_node_name():
+    assert options("--node-name=a", NODE_NAME="b").node_name == "a"
+    assert options(NODE_NAME="b").node_name == "b"
+    assert options().node_name
+
+
+def test_every_flag_of_flannel_is_known():
+    flannel = """etcd-endpoints etcd-prefix etcd-keyfile etcd-certfile etcd-cafile etcd-username etcd-password iface
+        iface-regex iface-can-reach subnet-file public-ip public-ipv6 subnet-lease-renew-margin ip-masq
+        ip-masq-fully-random-disable kube-subnet-mgr ip-blackhole-route version kube-api-url kubeconfig-file
+        kube-annotation-prefix healthz-ip healthz-port iptables-resync iptables-forward-rules
+        set-node-network-unavailable net-config-path v vmodule log_backtrace_at""".split()
+    assert set(flannel) <= {flag.name for flag in FLAGS}
+
+
+def test_a_second_daemon_has_a_name_of_its_own():
+    assert options().instance == ""
+    assert options("--subnet-file=/run/flannel/subnet.env").instance == ""
+    assert options("--subnet-file=/run/blue/subnet.env").instance == "blue"
+    assert options("--subnet-file=/run/flannel/green.env").instance == "green"
