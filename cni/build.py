@@ -7,6 +7,7 @@ wrong).
 """
 
 from __future__ import annotations
+import __future__
 
 import argparse
 import base64
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from types import CodeType
 
 HERE = Path(__file__).resolve().parent
 NOT_IN_THE_PLUGIN = {"build", "conflist"}
@@ -98,9 +100,7 @@ def plugin_sources() -> dict[str, str]:
 
 def render(sources: dict[str, str], python: str) -> bytes:
     """The program as one file, compiled for the running interpreter. ``python`` goes into its first line."""
-    compiled = {
-        name: marshal.dumps(compile(text, f"<flannel>/{name}", "exec", optimize=2)) for name, text in sources.items()
-    }
+    compiled = {name: marshal.dumps(_compile(name, text)) for name, text in sources.items()}
     stub = STUB.format(
         # The kernel hands a script's interpreter one argument only: -I (no environment, no user paths), -S (no site).
         shebang=f"#!{python} -IS",
@@ -111,6 +111,14 @@ def render(sources: dict[str, str], python: str) -> bytes:
     return (
         stub + b"#:" + base64.b64encode(marshal.dumps(compiled)) + b"\n#=" + base64.b64encode(plain) + b"\n"
     )  # fmt: skip
+
+
+def _compile(name: str, text: str) -> CodeType:
+    # The future import is asked for here, so that the module __future__ need not be found and read at every start.
+    text = text.replace("from __future__ import annotations\n", "\n", 1)
+    flags = __future__.annotations.compiler_flag
+    code: CodeType = compile(text, f"<flannel>/{name}", "exec", flags=flags, dont_inherit=True, optimize=2)
+    return code
 
 
 def install(path: Path, content: bytes) -> None:

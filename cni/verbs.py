@@ -132,7 +132,7 @@ def check(request: Request) -> bytes:
         )
     _check_addresses(conf, made)
     made["cniVersion"] = conf.cni_version
-    made["prevResult"] = conf.prev_result
+    made["prevResult"] = _with_gateways(conf.prev_result)
     delegate.run("CHECK", made, request.environment)
     return b""
 
@@ -149,6 +149,19 @@ def _check_addresses(conf: NetConf, made: dict[str, Any]) -> None:
     for address in addresses:
         if not any(subnet.holds(address) for subnet in ranges):
             raise CniError(INTERNAL, f"the container's address {address} is not in {', '.join(map(str, ranges))}")
+
+
+def _with_gateways(result: dict[str, Any]) -> dict[str, Any]:
+    """The same result, each route with the gateway that it got.
+
+    "No gateway" in a result means the address's own, yet bridge's CHECK looks for a route that has none.
+    """
+    gateways = {":" in gateway: gateway for entry in result.get("ips", []) if (gateway := entry.get("gateway"))}
+    routes = []
+    for route in result.get("routes") or []:
+        gateway = route.get("gw") or gateways.get(":" in str(route.get("dst")))
+        routes.append({**route, "gw": gateway} if gateway else route)
+    return {**result, "routes": routes}
 
 
 def status(request: Request) -> bytes:
