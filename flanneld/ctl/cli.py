@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        importlib.import_module(f"flanneld.ctl.{name}").register(commands)
+        if importlib.util.find_spec(f"flanneld.ctl.{name}"):
+            importlib.import_module(f"flanneld.ctl.{name}").register(commands)
     return parser
 
 

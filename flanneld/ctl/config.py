@@ -47,7 +47,7 @@ def run_get(arguments: argparse.Namespace) -> int:
     with open_access(arguments) as access:
         text, _ = access.config_text()
         if arguments.json:
-            put_json(as_json(understood(text, access.config_name)))
+            put_json(as_json(understood(text, access.config_name, etcd=access.allocates)))
         else:
             put(text.rstrip("\n"))
     return OK
@@ -71,16 +71,17 @@ def run_set(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    from flanneld.ctl.access import open_access
+    from flanneld.ctl.access import open_access, options_of
 
     leases: list[Lease] = []
     if arguments.source is not None:
         text, name = read_source(arguments.source)
+        config = understood(text, name, etcd=not options_of(arguments).kube_subnet_mgr)
     else:
         with open_access(arguments) as access:
             text, _ = access.config_text()
             name, leases = access.config_name, access.leases()
-    config = understood(text, name)
+            config = understood(text, name, etcd=access.allocates)
     _warn(config, leases)
     if arguments.json:
         put_json(as_json(config))
@@ -103,20 +104,24 @@ def read_source(source: str) -> tuple[str, str]:
         ) from None
 
 
-def understood(text: str, name: str) -> NetworkConfig:
-    """The configuration as every daemon will read it, its backend's options among it. Problem says what is wrong."""
+def understood(text: str, name: str, *, etcd: bool = True) -> NetworkConfig:
+    """The configuration as every daemon will read it, its backend's options among it. Problem says what is wrong.
+
+    With ``etcd``, the checks on subnet sizes and ranges are made, too; in Kubernetes subnets come from podCIDRs.
+    """
     from backends.backend import BackendError
-    from backends.registry import make_backend
-    from subnet_lease.network_config import parse_network_config
+    from backends.registry import backend_class
+    from subnet_lease.network_config import parse_network_config, validate_for_allocation
+    from subnet_lease.store import ConfigInvalid
 
     try:
         config = parse_network_config(text)
-        backend = make_backend(config)
-    except (ValueError, BackendError) as error:
-        raise Problem(f"{name}: {error}", "correct it, then try again; nothing was stored") from None
-    return dataclasses.replace(
-        config, unknown_keys=(*config.unknown_keys, *(f"Backend.{key}" for key in backend.unknown_options))
-    )
+        config = validate_for_allocation(config) if etcd else config
+        backend = backend_class(config.backend_type)(config.backend_options)
+    except (ConfigInvalid, BackendError) as error:
+        raise Problem(f"{name}: {error}", "correct it and try again; nothing was changed") from None
+    unknown = tuple(f"Backend.{key}" for key in getattr(backend, "unknown_options", ()))
+    return dataclasses.replace(config, unknown_keys=(*config.unknown_keys, *unknown))
 
 
 def _warn(config: NetworkConfig, leases: Iterable[Lease]) -> None:

@@ -1,0 +1,111 @@
+"""What an operator asks of etcd: read and write the configuration, list leases with their age, reserve, release.
+
+Every write is a compare-and-swap on what was read; a daemon never meets a half-done change. Daemons use
+``subnet_lease.etcd``; the two share keys, values and errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from subnet_lease.etcd_connection import EtcdConnection
+from subnet_lease.etcd_watch import EtcdStatus, SnapshotWatch, decode_lease
+from subnet_lease.lease import Lease, LeaseSnapshot
+from subnet_lease.lease_wire import encode_attrs
+from subnet_lease.store import ConfigMissing, StoreError
+
+
+class ChangedMeanwhile(StoreError):
+    """Somebody else wrote between our read and our write."""
+
+    cause = "changed_meanwhile"
+
+
+class EtcdAdmin:
+    """One operator's connection. Close it, or use it as a context manager."""
+
+    allocates = True
+    """Subnets are handed out from the configuration."""
+
+    def __init__(self, connection: EtcdConnection, prefix: str) -> None:
+        self._connection = connection
+        self._prefix = "/" + prefix.strip("/")
+        self._watch: SnapshotWatch | None = None
+
+    @property
+    def config_name(self) -> str:
+        """Where the configuration is, for messages."""
+        return f"{self._prefix}/config"
+
+    @property
+    def leases_name(self) -> str:
+        """Where the leases are, for messages."""
+        return f"{self._prefix}/subnets/"
+
+    def config_text(self) -> tuple[str, int]:
+        """The stored configuration as it is, and its revision. ConfigMissing if there is none."""
+        value, meta = self._connection.call("read the configuration", lambda client: client.get(self.config_name))
+        if value is None:
+            raise ConfigMissing(
+                f"no network configuration at {self.config_name} (asked {self._connection.names}); "
+                'write one: flannelctl config set \'{"Network": "10.5.0.0/16"}\''
+            )
+        return value.decode("utf-8", "replace"), int(meta.mod_revision)
+
+    def write_config(self, text: str, revision: int) -> None:
+        """Store a configuration if the stored one is still at ``revision`` (0: there is none). ChangedMeanwhile."""
+        self._swap("write the configuration", self.config_name, revision, text)
+
+    def leases(self) -> list[Lease]:
+        """Every readable lease, in one range read."""
+        answer = self._connection.call("read the leases", lambda client: client.get_prefix_response(self.leases_name))
+        found = []
+        for kv in answer.kvs:
+            try:
+                key = kv.key[len(self.leases_name) :].decode("utf-8", "replace")
+                found.append(decode_lease(key, kv.value, kv.mod_revision, kv.lease))
+            except ValueError:
+                continue  # daemons ignore and count it
+        return found
+
+    def ttl(self, lease: Lease) -> float | None:
+        """Seconds until a lease expires unless its node renews it; None for a reservation."""
+        if not lease.store_ref:
+            return None
+        info = self._connection.call("read a lease's age", lambda client: client.get_lease_info(lease.store_ref))
+        return max(float(info.TTL), 0.0)
+
+    def watch(self) -> Iterator[LeaseSnapshot]:
+        """Complete snapshots until ``close``; outlasts every failure."""
+        self._watch = SnapshotWatch(self._connection, self._prefix, EtcdStatus(), frozenset)
+        return self._watch.snapshots()
+
+    def reserve(self, lease: Lease) -> None:
+        """Write a lease that never expires, over the revision that was read (0: nobody has it). ChangedMeanwhile."""
+        self._swap("write the reservation", f"{self.leases_name}{lease.key}", lease.revision, encode_attrs(lease.attrs))
+
+    def remove(self, lease: Lease) -> None:
+        """Delete a lease if it is still as it was read. ChangedMeanwhile."""
+        self._swap("delete the lease", f"{self.leases_name}{lease.key}", lease.revision, None)
+
+    def _swap(self, what: str, key: str, revision: int, text: str | None) -> None:
+        def attempt(client: Any) -> bool:
+            known = client.transactions
+            step = known.delete(key) if text is None else known.put(key, text)
+            done, _ = client.transaction(compare=[known.mod(key) == revision], success=[step], failure=[])
+            return bool(done)
+
+        if not self._connection.call(what, attempt):
+            raise ChangedMeanwhile(f"{key} was changed by somebody else meanwhile; look at it and try again")
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._connection.close()
+
+    def __enter__(self) -> EtcdAdmin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
