@@ -24,7 +24,7 @@ from flanneld.dataplane.netfilter_iptables import Saved
 from flanneld.dataplane.netfilter_names import Family, names_of
 from flanneld.dataplane.netfilter_nft import NFT_FAMILY
 from flanneld.dataplane.netfilter_socket import Chain, Monitor, Touched
-from flanneld.dataplane.netfilter_tools import Iptables, ToolFailed, ToolMissing, Tools, run
+from flanneld.dataplane.netfilter_tools import VARIANTS, Iptables, ToolFailed, ToolMissing, Tools, Variant, run
 
 Part = tuple[Literal["iptables", "nftables"], Family]
 FAMILIES: Final[tuple[Family, Family]] = (4, 6)
@@ -196,18 +196,22 @@ class Netfilter:
     def _look_iptables(self, family: Family, chains: list[Chain]) -> Firewall | None:
         self._saved.pop(family, None)
         self._legacy[family] = netfilter_legacy.digest(family)
+        wanted = ("iptables", family) in self._wanted
+        traces = {variant for variant in VARIANTS if self._has_traces(variant, family, chains)}
+        if not wanted and not traces:
+            return None
         try:
             main = self._tools.iptables(family)
         except ToolMissing:
             return None
         names = names_of(self._instance)
         saved = Saved()
-        if ("iptables", family) in self._wanted or self._has_traces(main, family, chains):
+        if wanted or main.variant in traces:
             saved = netfilter_iptables.parse_save(main.save(), names)
         self._saved[family] = [(main, saved)]
         firewall = netfilter_iptables.firewall_of(saved, family, self._instance, self._tolerated)
-        other = self._tools.other_iptables(main)
-        if other and self._has_traces(other, family, chains, chains_only=True):
+        other = self._tools.other_iptables(main) if traces - {main.variant} else None
+        if other:
             left = netfilter_iptables.parse_save(other.save(), names)
             if netfilter_iptables.firewall_of(left, family, self._instance):
                 self._saved[family].append((other, left))
@@ -215,20 +219,18 @@ class Netfilter:
                 firewall = replace(firewall, defects=(*firewall.defects, f"rules left in {other.prefix}"))
         return firewall
 
-    def _has_traces(self, tool: Iptables, family: Family, chains: list[Chain], *, chains_only: bool = False) -> bool:
-        """Whether iptables-save may show something of ours.
+    def _has_traces(self, variant: Variant, family: Family, chains: list[Chain]) -> bool:
+        """Whether iptables-save of that variant may show something of ours.
 
-        At the first look also rules without a chain of ours are of interest: flannel made such before it had chains.
+        At the first look also rules outside chains of ours are of interest: flannel made such before it had chains.
         """
         ours = names_of(self._instance).chains
-        first = ("iptables", family) not in self._known and not chains_only
-        if tool.variant == "legacy":
-            if first:
-                return bool(netfilter_legacy.tables_in_use(family))
-            return netfilter_legacy.holds_chain(family, ours)
-        wanted = (*ours, "POSTROUTING", "FORWARD") if first else ours
+        first = ("iptables", family) not in self._known
+        if variant == "legacy":
+            return bool(netfilter_legacy.tables_in_use(family)) if first else netfilter_legacy.holds_chain(family, ours)
+        names = (*ours, "POSTROUTING", "FORWARD") if first else ours
         mine = (c for c in chains if c.family == NFT_FAMILY[family] and c.table in ("nat", "filter"))
-        return any(chain.name in wanted for chain in mine)
+        return any(chain.name in names for chain in mine)
 
     # Applying
 

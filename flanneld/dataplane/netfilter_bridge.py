@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from flanneld.dataplane import modules
 from flanneld.dataplane.netfilter_names import Family
-from flanneld.dataplane.netfilter_tools import ToolFailed, ToolMissing, run
 
 _SETTING: Final[dict[Family, str]] = {4: "bridge-nf-call-iptables", 6: "bridge-nf-call-ip6tables"}
 
@@ -22,13 +22,11 @@ def bridge_warnings(families: Iterable[Family], proc_sys: Path = Path("/proc/sys
     why = ""
     if not all(setting.exists() for setting in settings):
         try:
-            run(["modprobe", "br_netfilter"])
-        except (ToolMissing, ToolFailed) as failed:
-            why = f" ({failed})"
+            modules.load("br_netfilter")
+        except modules.ModuleMissing as missing:
+            why = f": {missing}"
     return tuple(
-        f"{setting} does not exist: the kernel module br_netfilter is not loaded{why}; packets between containers of "
-        "this host bypass iptables. Load it with 'modprobe br_netfilter' (Debian: part of the linux-image package; "
-        "modprobe itself is in kmod)"
+        f"{setting} does not exist, so packets between containers of this host bypass iptables{why}"
         for setting in settings
         if not setting.exists()
     )

@@ -1,6 +1,6 @@
 """The programs that write firewalls: where they are, what they can do, and running them.
 
-All of them are looked up anew when they were missing, so that installing one heals a running daemon.
+A missing one is looked for again each time, so that installing it heals a running daemon.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Final, Literal
 from flanneld.dataplane.netfilter_names import Family
 
 Variant = Literal["nft", "legacy"]
+VARIANTS: Final[tuple[Variant, Variant]] = ("nft", "legacy")
 
 _SBIN: Final = "/usr/sbin:/sbin:/usr/local/sbin"
 _TIMEOUT: Final = 60.0
@@ -61,7 +62,7 @@ class Tools:
     """Finds programs and remembers them."""
 
     def __init__(self) -> None:
-        self._iptables: dict[tuple[Family, Variant | None], Iptables] = {}
+        self._iptables: dict[Family, Iptables] = {}
 
     def nft(self) -> str:
         """Raises ToolMissing."""
@@ -76,29 +77,27 @@ class Tools:
         return which("nft") is not None
 
     def iptables(self, family: Family) -> Iptables:
-        """The iptables that ``iptables`` (``ip6tables``) names on this host. Raises ToolMissing, ToolFailed."""
-        name = "iptables" if family == 4 else "ip6tables"
-        found = self._find(family, None, name)
-        if found is None:
-            raise ToolMissing(
-                f"{name}-restore was not found: install the Debian package iptables, "
-                "or set EnableNFTables to true in the network configuration"
-            )
-        return found
+        """What ``iptables`` (``ip6tables``) is on this host. Raises ToolMissing, ToolFailed."""
+        prefix = "iptables" if family == 4 else "ip6tables"
+        known = self._iptables.get(family)
+        if known is None:
+            if not _has_pair(prefix):
+                raise ToolMissing(
+                    f"{prefix}-restore was not found: install the Debian package iptables, "
+                    "or set EnableNFTables to true in the network configuration"
+                )
+            known = self._iptables[family] = _identify(prefix, family)
+        return known
 
     def other_iptables(self, than: Iptables) -> Iptables | None:
-        """The variant that is installed beside this one."""
+        """The variant that is installed beside this one; both have the same version."""
         variant: Variant = "legacy" if than.variant == "nft" else "nft"
-        name = f"{'iptables' if than.family == 4 else 'ip6tables'}-{variant}"
-        found = self._find(than.family, variant, name)
-        return found if found and found.variant == variant else None
+        prefix = f"{'iptables' if than.family == 4 else 'ip6tables'}-{variant}"
+        return Iptables(prefix, than.family, variant, than.version) if _has_pair(prefix) else None
 
-    def _find(self, family: Family, variant: Variant | None, prefix: str) -> Iptables | None:
-        known = self._iptables.get((family, variant))
-        if known is None and all(which(f"{prefix}-{verb}") for verb in ("save", "restore")):
-            known = _identify(prefix, family)
-            self._iptables[family, variant] = known
-        return known
+
+def _has_pair(prefix: str) -> bool:
+    return all(which(f"{prefix}-{verb}") for verb in ("save", "restore"))
 
 
 def _identify(prefix: str, family: Family) -> Iptables:
