@@ -71,7 +71,7 @@ class LeaseKeeper:
         self._renew_at = 0.0
         self._renewed_at: float | None = None
         self._lost = False
-        self._previous = subnet_file.read(Path(options.subnet_file))
+        self._previous = read_previous(Path(options.subnet_file))
         board.wake_keeper = self.wake
 
     def wake(self) -> None:
@@ -325,6 +325,15 @@ class LeaseKeeper:
             if subnet is not None and network is not None and not subnet.subnet_of(network):  # type: ignore[arg-type]
                 return False
         return True
+
+
+def read_previous(path: Path) -> subnet_file.SubnetFile:
+    """What this node had before, from subnet.env; a file that cannot be read is as good as none."""
+    try:
+        return subnet_file.read(path) or subnet_file.SubnetFile()
+    except (ValueError, OSError) as error:
+        log.warning("the old subnet file is unusable; going on without it", problem=str(error))
+        return subnet_file.SubnetFile()
 
 
 def make_choice(options: Options, config: NetworkConfig, hints: NodeHints) -> Choice:
