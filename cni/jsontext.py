@@ -44,6 +44,9 @@ else:
             value, end = _scan(text, 0)
         except StopIteration:
             raise ValueError("unexpected end of JSON input" if not text else "this is not JSON") from None
+        except SystemError:
+            # The scanner wants to raise json's own error, and json was not imported.
+            raise ValueError("this is not JSON, or it ends too early") from None
         if end != len(text):
             raise ValueError(f"unexpected data after the JSON value, at character {end}")
         return value
