@@ -52,6 +52,12 @@ class PodCidrMissing(StoreError):
     cause = "pod_cidr_missing"
 
 
+class NodeMissing(StoreError):
+    """Kubernetes has no such node, or not yet: kubelet registers it."""
+
+    cause = "node_missing"
+
+
 class OutOfSubnets(StoreError):
     """Every subnet of the network is leased."""
 
