@@ -159,8 +159,13 @@ class EtcdStore:
         return min(UP_INTERVAL * self._random.uniform(0.9, 1.0), self._renew_every)
 
     def publish(self, lease: Lease, attrs: LeaseAttrs) -> Lease:
-        node = attrs.node or lease.attrs.node
-        published = self._rewrite(lease, replace(attrs, node=node))
+        attrs = replace(attrs, node=attrs.node or lease.attrs.node)
+        if attrs.node is not None and not allocation.same_address(attrs, lease.attrs):
+            request = LeaseRequest(attrs.node, attrs)
+            rival = allocation.find_own(self._list(), request, self._liveness(request)).rival
+            if rival is not None and rival.key != lease.key:
+                raise allocation.address_in_use(rival, request)
+        published = self._rewrite(lease, attrs)
         if published is None:
             raise self._lost(lease, self._read(lease.key))
         return published
@@ -178,8 +183,9 @@ class EtcdStore:
         current = None if done else self._read(lease.key)
         if current is not None:
             raise self._lost(lease, current)
-        self._held -= {lease.key}
-        self._up.drop()
+        if lease.key in self._held:
+            self._held -= {lease.key}
+            self._up.drop()
         if lease.store_ref and self._renewed.pop(lease.store_ref, None) is not None:
             self._connection.call("release the lease", lambda client: _revoke(client, lease.store_ref))
 

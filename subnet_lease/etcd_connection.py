@@ -82,6 +82,7 @@ class EtcdConnection:
         self._scope = scope
         self._closed = False
         self._login_useless = False
+        self._watched: Any = None
         self._login_lock = threading.Lock()
         # Without TLS files for https endpoints gRPC uses the roots that it brings along; flannel uses the system's.
         credentials = _credentials(keyfile, certfile, cafile) if any(secure for secure, _, _ in parsed) else None
@@ -111,8 +112,8 @@ class EtcdConnection:
     def call(self, what: str, function: Callable[[Any], Result]) -> Result:
         """Run ``function(client)``, on the next endpoint if one fails, after a new login if the old one expired."""
         failure: Exception | None = None
-        logins = 0
-        for _ in range(self._attempts + 2):
+        logins, refusals = 0, 0
+        while refusals < self._attempts:
             token = self._client.metadata
             try:
                 if self._login and logins == 0 and not self._has_token() and not self._login_useless:
@@ -120,8 +121,10 @@ class EtcdConnection:
                     self._authenticate(token)
                 return function(self._client)
             except _SWITCH as error:
+                refusals += 1
                 failure = error
             except exceptions.NoServerAvailableError as error:
+                refusals += 1
                 self._forgive()
                 failure = failure or error
             except grpc.RpcError as error:
@@ -144,6 +147,8 @@ class EtcdConnection:
         """
 
         def start(client: Any) -> Any:
+            client.channel  # noqa: B018 - choosing an endpoint is this property's effect
+            self._watched = client.endpoint_in_use
             return etcdrpc.WatchStub(client.channel).Watch(requests, metadata=client.metadata)
 
         return self.call("watch", start)
@@ -153,15 +158,15 @@ class EtcdConnection:
         if _login_expired(error):
             self._forget_token(self._client.metadata)
         elif error.code() is not grpc.StatusCode.CANCELLED:
-            self._client.endpoint_in_use.fail()
+            self._watched.fail()
         return self._translate("watch", error)
 
     def watch_refused(self, reason: str) -> StoreError:
         """The error for a watch that etcd cancelled, saying ``reason``."""
-        if "permission denied" in reason:
-            return self._denied("watch", reason)
-        if "auth token" in reason or "user name is empty" in reason:
+        if "permission denied" in reason or "auth token" in reason or "user name is empty" in reason:
+            # etcd says "permission denied" for an expired login, too.
             self._forget_token(self._client.metadata)
+            return self._denied("watch", reason)
         return StoreUnavailable(f"etcd cancelled the watch: {_short(reason) or 'no reason given'}")
 
     def close(self) -> None:

@@ -103,9 +103,12 @@ class SnapshotTable:
         key, mark = max(self._marks.items(), key=lambda item: item[1][0])
         return self._subnets + key.encode(), *mark
 
-    def replace(self, kvs: Iterable[Any], revision: int) -> bool:
-        """Take a complete list; true if a reader would see a difference."""
-        wiped = revision < self.revision
+    def replace(self, kvs: Iterable[Any], revision: int, other_history: bool = False) -> bool:
+        """Take a complete list; true if a reader would see a difference.
+
+        ``other_history``: this is not the etcd that we followed, but an empty or restored one in its place.
+        """
+        wiped = other_history or revision < self.revision
         if wiped:
             self._marks.clear()  # revisions of another history say nothing
         changed = False
@@ -315,7 +318,9 @@ class SnapshotWatch:
         self._table = SnapshotTable(prefix, status, held)
         self._closed = threading.Event()
         self._stream: WatchStream | None = None
-        self._history: tuple[int, int] | None = None  # cluster id and raft term of the last answer
+        self._history: tuple[int, int] | None = None  # cluster id and raft term of the last list
+        self._relist = True
+        self._first = True
 
     def close(self) -> None:
         self._closed.set()
@@ -325,34 +330,23 @@ class SnapshotWatch:
 
     def snapshots(self) -> Iterator[LeaseSnapshot]:
         pause = BACKOFF[0]
-        listed = False
         while not self._closed.is_set():
             started = time.monotonic()
             try:
-                if not listed or not self._same_history():
-                    changed = self._list()
-                    if self._table.config is None:
-                        raise ConfigMissing(
-                            f"no usable network configuration at {self._prefix}/config; "
-                            f"""write one: flannelctl config set '{{"Network":"10.5.0.0/16"}}'"""
-                        )
-                    if changed or not listed:
-                        listed = True
-                        yield self._snapshot()
+                if not self._same_history() and self._list():
+                    yield self._snapshot()
                 yield from self._follow()
-            except StreamEnded as end:
+            except (StreamEnded, StoreError) as failure:
                 if self._closed.is_set():
                     return
-                if end.compacted:
-                    self._history = None
+                if isinstance(failure, StreamEnded) and failure.compacted:
+                    self._relist = True
                     continue
-                self._status.failed(end.error)
-                if time.monotonic() - started > 10:
-                    pause = BACKOFF[0]
-            except StoreError as error:
-                self._status.failed(error)
+                self._status.failed(failure.error if isinstance(failure, StreamEnded) else failure)
             if self._table.expire():
                 yield self._snapshot()
+            if time.monotonic() - started > 2 * BACKOFF[1]:
+                pause = BACKOFF[0]
             self._closed.wait(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, BACKOFF[1])
 
@@ -362,13 +356,28 @@ class SnapshotWatch:
         return snapshot
 
     def _list(self) -> bool:
-        """One range read: the configuration and the leases at one revision."""
+        """One range read: the configuration and the leases at one revision. True if there is something to tell."""
         answer = self._connection.call(
             "read the leases",
             lambda client: client.get_range_response(f"{self._prefix}/config", f"{self._prefix}/subnets0"),
         )
+        other = self._other_history(answer.header)
         self._history = (answer.header.cluster_id, answer.header.raft_term)
-        return self._table.replace(answer.kvs, answer.header.revision)
+        changed = self._table.replace(answer.kvs, answer.header.revision, other)
+        if self._table.config is None:
+            raise ConfigMissing(
+                f"no usable network configuration at {self._prefix}/config; "
+                f"""write one: flannelctl config set '{{"Network":"10.5.0.0/16"}}'"""
+            )
+        first, self._relist = self._first, False
+        self._first = False
+        return changed or first
+
+    def _other_history(self, header: Any) -> bool:
+        if self._history is None:
+            return False
+        cluster, term = self._history
+        return bool(header.cluster_id != cluster or header.raft_term < term or header.revision < self._table.revision)
 
     def _same_history(self) -> bool:
         """Whether the etcd that answers now is the one we followed, so that the watch may resume where it ended.
@@ -377,15 +386,12 @@ class SnapshotWatch:
         back. So the youngest lease we know must also still be there, unchanged.
         """
         witness = self._table.witness()
-        if self._history is None or witness is None:
+        if self._relist or witness is None:
             return False
         key, revision, value_hash = witness
         answer = self._connection.call("read the leases", lambda client: client.get_response(key))
-        cluster, term = self._history
-        header = answer.header
-        if header.cluster_id != cluster or header.raft_term < term or header.revision < self._table.revision:
+        if self._other_history(answer.header):
             return False
-        self._history = (header.cluster_id, header.raft_term)
         return bool(answer.kvs) and (answer.kvs[0].mod_revision, hash(answer.kvs[0].value)) == (revision, value_hash)
 
     def _follow(self) -> Iterator[LeaseSnapshot]:
@@ -403,7 +409,7 @@ class SnapshotWatch:
                     asked = None
                     self._status.alive()
                     if any(0 < response.header.revision < self._table.revision for response in responses):
-                        self._history = None
+                        self._relist = True
                         raise StreamEnded(StoreUnavailable("etcd went back to an earlier revision"))
                 elif asked is None and now - (self._status.last_contact or 0) >= QUIET:
                     asked = now

@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def parse(text: str) -> Any:
     """Any JSON value; ValueError says where it stops being one."""
     try:
-        value = json.loads(text, object_pairs_hook=_last_wins, parse_constant=_no_constant)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
@@ -42,6 +42,9 @@ def fold_key(key: str) -> str:
 
 def fold(pairs: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Rename keys to the spelling in ``names``; also the keys that match none, as they were spelled."""
+    names = frozenset(names)
+    if pairs.keys() <= names:  # as flannel and we spell them: thousands of leases at every start
+        return dict(pairs), ()
     spelling = {fold_key(name): name for name in names}
     known: dict[str, Any] = {}
     unknown: list[str] = []
@@ -113,3 +116,6 @@ def _without_surrogates(value: Any) -> Any:
     if isinstance(value, dict):
         return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_last_wins, parse_constant=_no_constant)

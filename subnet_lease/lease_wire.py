@@ -16,9 +16,11 @@ from typing import Any, Final
 from subnet_lease import go_json
 from subnet_lease.lease import LeaseAttrs, NodeIdentity, subnet_key
 
-_KEY: Final = re.compile(r"(\d+\.\d+\.\d+\.\d+)-(\d+)(?:&([0-9a-f:.]+)-(\d+))?", re.ASCII)
-_NAMES: Final = ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data", "Node")
-_MARKS: Final = ("Name", "MachineID", "MAC")
+_OCTET: Final = r"(0|[1-9][0-9]{0,2})"
+_IPV4: Final = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}")
+_KEY: Final = re.compile(rf"{_IPV4.pattern}-(0|[1-9][0-9]?)(?:&([0-9a-f:.]+)-([1-9][0-9]{{0,2}}))?")
+_NAMES: Final = frozenset({"PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data", "Node"})
+_MARKS: Final = frozenset({"Name", "MachineID", "MAC"})
 _NO_BACKEND_TYPE: Final = frozenset({"udp", "alloc", "tencent-vpc"})  # flannel leaves the key out for these
 # What Go's encoder escapes beyond JSON's own needs.
 _GO_ESCAPES: Final = str.maketrans(
@@ -39,7 +41,7 @@ def encode_attrs(attrs: LeaseAttrs) -> str:
     if attrs.backend_v6_data is not None:
         value["BackendV6Data"] = attrs.backend_v6_data
     if attrs.node is not None:
-        value["Node"] = dict(zip(_MARKS, (attrs.node.name, attrs.node.machine_id, attrs.node.mac), strict=True))
+        value["Node"] = {"Name": attrs.node.name, "MachineID": attrs.node.machine_id, "MAC": attrs.node.mac}
     return go_dumps(value)
 
 
@@ -69,7 +71,10 @@ def _public_ip(value: Any) -> IPv4Address | None:
     try:
         if not isinstance(value, str):
             raise ValueError
-        address = IPv4Address(value)
+        parts = _IPV4.fullmatch(value)
+        if parts is None:
+            raise ValueError
+        address = IPv4Address(bytes(map(int, parts.groups())))
     except ValueError:
         raise ValueError(f"PublicIP {go_json.describe(value)}: must be an IPv4 address") from None
     if address.is_multicast or int(address) == 0xFFFFFFFF:
@@ -96,10 +101,10 @@ def _node(value: Any) -> NodeIdentity | None:
     if not isinstance(value, dict):
         return None
     known, _ = go_json.fold(value, _MARKS)
-    marks = [known.get(mark, "") for mark in _MARKS]
-    if not all(isinstance(mark, str) for mark in marks) or not any(marks):
+    name, machine_id, mac = known.get("Name", ""), known.get("MachineID", ""), known.get("MAC", "")
+    if not (isinstance(name, str) and isinstance(machine_id, str) and isinstance(mac, str)):
         return None
-    return NodeIdentity(*marks)
+    return NodeIdentity(name, machine_id, mac) if name or machine_id or mac else None
 
 
 def parse_subnet_key(key: str) -> tuple[IPv4Network | None, IPv6Network | None]:
@@ -108,14 +113,15 @@ def parse_subnet_key(key: str) -> tuple[IPv4Network | None, IPv6Network | None]:
     if parts is None:
         raise ValueError(f"key {key!a}: must look like 10.5.52.0-24 or 10.5.52.0-24&fc00:0:0:34::-64")
     try:
-        v4 = IPv4Network(f"{parts[1]}/{parts[2]}") if (parts[1], parts[2]) != ("0.0.0.0", "0") else None
-        v6 = IPv6Network(f"{parts[3]}/{parts[4]}") if parts[3] else None
+        base, length = bytes(map(int, parts.groups()[:4])), int(parts[5])
+        v4 = IPv4Network((base, length)) if length or any(base) else None
+        v6 = IPv6Network(f"{parts[6]}/{parts[7]}") if parts[6] else None
     except ValueError as error:
         raise ValueError(f"key {key!a}: {error}") from None
     if v4 is None and v6 is None:
         raise ValueError(f"key {key!a}: names no subnet")
     if (v4 and not 0 < v4.prefixlen <= 31) or (v6 and not 0 < v6.prefixlen <= 127):
         raise ValueError(f"key {key!a}: the prefix length must be 1 to 31, for IPv6 1 to 127")
-    if subnet_key(v4, v6) != key:
+    if v6 and subnet_key(v4, v6) != key:
         raise ValueError(f"key {key!a}: must be spelled {subnet_key(v4, v6)}")
     return v4, v6
