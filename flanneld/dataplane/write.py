@@ -65,6 +65,8 @@ class Writer:
             elif change.op == "put":
                 dev = change.record.dev  # type: ignore[union-attr]
                 failures.append(Failure(change, "ENODEV", f"{describe(change)}: there is no interface {dev}"))
+            else:
+                self._look.mirror.know(change.record.key, None)
         try:
             errors = self._netlink.batch(requests)
         except OSError as error:  # what became of each is unknown: look again
@@ -72,7 +74,9 @@ class Writer:
             cause = errno.errorcode.get(error.errno or 0, "netlink")
             return [Failure(change, cause, f"{describe(change)}: netlink: {error}") for change in changes]
         know = self._look.mirror.know
-        for change, refusal in zip(sent, errors, strict=True):
+        for change, answer in zip(sent, errors, strict=True):
+            blocked = answer is not None and _is_in_its_own_way(change, answer)
+            refusal = self._remove_and_put(change, answer) if blocked else answer
             if refusal is None or (change.op == "remove" and refusal.errno in GONE):
                 record = change.record
                 know(record.key, record if change.op == "put" else None)
@@ -81,6 +85,16 @@ class Writer:
             else:
                 failures.append(Failure(change, refusal.name, f"{describe(change)}: {refusal}{_remedy(refusal)}"))
         return failures
+
+    def _remove_and_put(self, change: Change, refusal: NetlinkError | None) -> NetlinkError | None:
+        assert change.previous is not None
+        requests = [self._message(Change("remove", change.previous)), self._message(change)]
+        if None in requests:
+            return refusal
+        _, refused = self._netlink.batch([request for request in requests if request])
+        if refused is not None:
+            self._look.mirror.learn(change.record.key, None)
+        return refused
 
     def _message(self, change: Change) -> Message | None:
         """None where the interface is not there."""
@@ -236,6 +250,23 @@ class Writer:
             if raw.name != name and isinstance(other, Vxlan) and other.vni == settings.vni:
                 return f"Device {raw.name}"
         return None
+
+
+def _is_in_its_own_way(change: Change, refusal: NetlinkError) -> bool:
+    """IPv6 refuses an onlink gateway that it would reach over another interface, be it by the very route to replace.
+
+    (The gateway is the subnet's own base address.) So a route that moves to our device has to go before it comes.
+    """
+    record, previous = change.record, change.previous
+    return (
+        refusal.errno == errno.EINVAL
+        and change.op == "put"
+        and isinstance(record, Route)
+        and isinstance(previous, Route)
+        and record.onlink
+        and ":" in record.dst
+        and previous.dev != record.dev
+    )
 
 
 def describe(change: Change) -> str:
