@@ -42,6 +42,8 @@ def capture(
 def read_pcap(file: Path) -> list[Any]:
     """The packets of a file, decoded from Ethernet upwards."""
     logging.getLogger("scapy.runtime").setLevel(logging.ERROR)  # it warns about interfaces that we do not use
+    # Loading these is what teaches Ether to look inside.
+    from scapy.layers import inet, inet6, vxlan  # noqa: F401
     from scapy.layers.l2 import Ether
     from scapy.utils import RawPcapReader
 

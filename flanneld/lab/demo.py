@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from flanneld.lab.leave import leave
 from flanneld.lab.ping import PingResult
 from flanneld.lab.throughput import iperf3
 from flanneld.lab.wait import NotYet
+from subnet_lease.network_config import parse_network_config, validate_for_allocation
+from subnet_lease.store import ConfigInvalid
 
 UNDERLAY = "172.30.0.0/24"
 DEVICE = "flannel.1"
@@ -79,7 +82,8 @@ def run_demo(options: DemoOptions) -> int:
         lab = Lab(options.hosts, underlay=UNDERLAY)
         good = Demo(console, lab, options, network).run()
         if options.keep:
-            _explain_keep(console, lab, leave(lab))
+            _explain_keep(console, lab)
+            leave(lab)
             lab = None
         verdict = (
             "[bold green]everything worked[/bold green]" if good else "[bold red]something did not work[/bold red]"
@@ -89,7 +93,7 @@ def run_demo(options: DemoOptions) -> int:
     except KeyboardInterrupt:
         console.print("\n[yellow]interrupted[/yellow]; cleaning up")
         return 130
-    except (NotYet, RuntimeError, OSError) as error:
+    except (NotYet, RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
         console.print(f"[bold red]failed:[/bold red] {escape(str(error))}")
         return 1
     finally:
@@ -109,10 +113,12 @@ def _interrupt(*_: object) -> None:
 
 def _console(options: DemoOptions) -> Console:
     if options.save_svg:
-        return Console(record=True, force_terminal=True, width=104, highlight=False, color_system="truecolor")
+        return Console(
+            record=True, force_terminal=True, width=104, highlight=False, emoji=False, color_system="truecolor"
+        )
     if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(width=120, no_color=True, highlight=False)
+        return Console(highlight=False, emoji=False)
+    return Console(width=120, no_color=True, highlight=False, emoji=False)
 
 
 def preflight(options: DemoOptions) -> IPv4Network:
@@ -130,10 +136,20 @@ def preflight(options: DemoOptions) -> IPv4Network:
         raise CannotRun(f"--subnet {options.subnet} overlaps the demo's underlay {UNDERLAY}; choose another")
     if not 2 <= options.hosts <= 20:
         raise CannotRun(f"--hosts {options.hosts}: choose 2 to 20")
-    # flannel's default: /24 subnets, of which the first is left out.
-    if network.prefixlen > 21 and 2 ** max(24 - network.prefixlen, 2) - 1 < options.hosts:
-        raise CannotRun(f"--subnet {options.subnet} is too small for {options.hosts} hosts; give a /16")
+    if (room := _room(network)) < options.hosts:
+        raise CannotRun(f"--subnet {network} has room for {room} hosts, not for {options.hosts}; give a larger one")
     return network
+
+
+def _room(network: IPv4Network) -> int:
+    """How many subnets flannel's rules find in a network."""
+    try:
+        config = validate_for_allocation(parse_network_config(f'{{"Network":"{network}"}}'))
+    except ConfigInvalid:
+        return 0
+    low, high = config.subnet_range_of(4)
+    assert low is not None and high is not None
+    return (int(high.network_address) - int(low.network_address)) // int(low.num_addresses) + 1
 
 
 class Demo:
@@ -305,7 +321,7 @@ def _bar(share: float, width: int = 40) -> str:
     return "█" * max(1, round(share * width))
 
 
-def _explain_keep(console: Console, lab: Lab, directory: Path) -> None:
+def _explain_keep(console: Console, lab: Lab) -> None:
     """How to look around in what was left running, and how to remove it."""
     host = lab.hosts[0]
     inside = f"sudo nsenter --net={host.ns.path}"
@@ -320,4 +336,4 @@ def _explain_keep(console: Console, lab: Lab, directory: Path) -> None:
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)
     console.print("[bold]Remove it:[/bold]")
-    console.print(f"  sudo script/demo --remove {directory}", soft_wrap=True)
+    console.print(f"  sudo script/demo --remove {lab.directory}", soft_wrap=True)
