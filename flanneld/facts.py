@@ -43,5 +43,5 @@ def find_facts(
     if "startup_output" in backend.needs:
         from flanneld.startup_command import run_startup_command
 
-        facts["startup_output"] = run_startup_command(backend, config, underlay)
+        facts["startup_output"] = run_startup_command(backend, config, underlay, options.subnet_file)
     return facts
