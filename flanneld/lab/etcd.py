@@ -22,21 +22,36 @@ def free_port() -> int:
 
 
 class Etcd:
-    """One etcd server; inside a namespace it listens on ``address``. ``extra`` are further etcd arguments."""
+    """One etcd server; inside a namespace it listens on ``address``. ``extra`` are further etcd arguments.
+
+    With ``scheme="https"``, ``extra`` names the server's certificate and ``client`` is what etcdctl needs to get in.
+    ``start=False`` leaves the start to the caller, who may add to ``extra`` first: members of one cluster.
+    """
 
     def __init__(
-        self, *, address: str = "127.0.0.1", namespace: Namespace | None = None, extra: tuple[str, ...] = ()
+        self,
+        *,
+        address: str = "127.0.0.1",
+        namespace: Namespace | None = None,
+        extra: tuple[str, ...] = (),
+        scheme: str = "http",
+        client: tuple[str, ...] = (),
+        start: bool = True,
     ) -> None:
         if shutil.which("etcd") is None:
             raise FileNotFoundError("etcd is not installed; on Debian: apt-get install etcd-server")
         self.address = address
         self.namespace = namespace
         self.extra = extra
+        self.scheme = scheme
+        self.client = client
         self.port = free_port()
         self.peer_port = free_port()
         self.directory = Path(tempfile.mkdtemp(prefix="flanneld-etcd-"))
         self.log = self.directory / "etcd.log"
         self.process: subprocess.Popen[bytes] | None = None
+        if not start:
+            return
         try:
             self.start()
         except BaseException:
@@ -45,11 +60,15 @@ class Etcd:
 
     @property
     def endpoint(self) -> str:
-        return f"http://{self.address}:{self.port}"
+        return f"{self.scheme}://{self.address}:{self.port}"
+
+    @property
+    def peer_url(self) -> str:
+        return f"http://127.0.0.1:{self.peer_port}"
 
     def start(self) -> None:
         """Start, or start again on the same data and port; returns once it answers."""
-        peer = f"http://127.0.0.1:{self.peer_port}"
+        peer = self.peer_url
         argv = [
             "etcd", "--name=lab", f"--data-dir={self.directory / 'data'}",
             f"--listen-client-urls={self.endpoint}", f"--advertise-client-urls={self.endpoint}",
@@ -89,7 +108,7 @@ class Etcd:
 
     def ctl(self, *words: str, check: bool = True) -> str:
         """Run etcdctl against this server (Debian: etcd-client)."""
-        argv = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={self.endpoint}", *words]
+        argv = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={self.endpoint}", *self.client, *words]
         return self.namespace.run(argv, check=check) if self.namespace else run(argv, check=check)
 
     def stop(self, *, wipe: bool = False) -> None:
