@@ -1,20 +1,17 @@
-"""What the daemon says about itself in a file beside subnet.env, so that the plugin can name causes.
+"""What the daemon says about itself in ``flanneld-status.json`` beside subnet.env, so that the plugin can name causes.
 
-Two files, both next to the subnet file, so that two daemons on one host do not meet:
+The daemon replaces the file atomically whenever a value changes (all keys: docs/cni.md). The plugin reads::
 
-``<subnet file>.status.json``, replaced atomically by the daemon whenever a value changes::
+    {"pid": 4711, "ready": false, "reasons": ["store: etcd: connection refused (http://10.0.0.1:2379)"],
+     "subnet": "10.5.52.0/24", "ipv6_subnet": null, "refuse": ""}
 
-    {"version": 1, "ready": false, "degraded": false, "reasons": ["etcd: connection refused (http://10.0.0.1:2379)"],
-     "subnet": "10.5.52.0/24", "ipv6_subnet": null, "refuse": "", "pid": 4711}
+``pid`` is null once the daemon has stopped. ``reasons`` say why it is not ready, each as "condition: sentence".
+``subnet`` and ``ipv6_subnet`` are what the node leases, null while that is not known. ``refuse`` (may be left out)
+says why no container may get an address from this subnet: it belongs to another node.
 
-``ready`` is what /readyz answers, ``reasons`` why not (sentences for people). ``degraded`` is true while containers
-that run may be unable to reach each other (device, entries, routes or rules are wrong). ``subnet`` and
-``ipv6_subnet`` are what the node leases now, null while that is not known. ``refuse`` is empty, or the reason why no
-container may get an address from this subnet (it belongs to another node).
-
-``<subnet file>.lock``, on which the daemon holds an flock(2) as long as it lives: a lock tells a dead daemon from a
-silent one across PID namespaces and after a crash. A status whose daemon is dead says nothing. Where flannel's own
-daemon runs there is neither file, and subnet.env alone decides.
+A daemon that crashed leaves its file. Beside it ``<subnet file>.lock`` carries an flock(2) as long as the daemon
+lives, which holds across PID namespaces; without the lock file, a subnet.env that is newer than the status means that
+somebody else (flannel's daemon) has taken over. Such a status says nothing, and subnet.env alone decides.
 """
 
 from __future__ import annotations
@@ -27,11 +24,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-VERSION = 1
+FILE_NAME = "flanneld-status.json"
+# While one of these is wrong, containers that run may be unable to reach each other.
+_DATA_PATH = ("kernel:", "underlay:")
 
 
 def status_path(subnet_file: str) -> str:
-    return f"{subnet_file}.status.json"
+    return os.path.join(os.path.dirname(subnet_file), FILE_NAME)
 
 
 def lock_path(subnet_file: str) -> str:
@@ -41,66 +40,47 @@ def lock_path(subnet_file: str) -> str:
 class DaemonStatus:
     """One state of the daemon. Subnets are spelled as networks: 10.5.52.0/24."""
 
-    __slots__ = ("degraded", "ipv6_subnet", "pid", "ready", "reasons", "refuse", "subnet")
+    __slots__ = ("ipv6_subnet", "ready", "reasons", "refuse", "subnet")
 
-    def __init__(
-        self,
-        *,
-        ready: bool,
-        reasons: tuple[str, ...] = (),
-        degraded: bool = False,
-        subnet: str | None = None,
-        ipv6_subnet: str | None = None,
-        refuse: str = "",
-        pid: int = 0,
-    ) -> None:
-        self.ready = ready
-        self.reasons = reasons
-        self.degraded = degraded
-        self.subnet = subnet
-        self.ipv6_subnet = ipv6_subnet
-        self.refuse = refuse
-        self.pid = pid
+    def __init__(self, found: dict[str, Any]) -> None:
+        reasons = found.get("reasons")
+        self.ready = found.get("ready") is True
+        self.reasons = [str(reason) for reason in reasons] if isinstance(reasons, list) else []
+        self.subnet = _text(found.get("subnet"))
+        self.ipv6_subnet = _text(found.get("ipv6_subnet"))
+        self.refuse = _text(found.get("refuse")) or ""
+
+    @property
+    def degraded(self) -> str:
+        """What is wrong with the data path; "" where nothing is known to be."""
+        return "; ".join(reason for reason in self.reasons if reason.startswith(_DATA_PATH))
 
 
-def hold_lock(subnet_file: str) -> int:
-    """For the daemon: take the lock and keep the returned descriptor open for life.
-
-    Makes the directory where it is missing. BlockingIOError: another daemon lives on this subnet file.
-    """
-    import fcntl
-    import time
-
-    os.makedirs(os.path.dirname(subnet_file) or ".", mode=0o755, exist_ok=True)
-    descriptor = os.open(lock_path(subnet_file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    for attempt in range(20):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            # A plugin that looks holds it shared for a moment; a daemon that lives does not let go.
-            if attempt == 19:
-                os.close(descriptor)
-                raise
-            time.sleep(0.05)
-    raise AssertionError("unreachable")
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
-def write(subnet_file: str, status: DaemonStatus) -> None:
-    """For the daemon: replace the status file. OSError where the directory cannot be written."""
-    text = jsontext.dumps({"version": VERSION, **{name: getattr(status, name) for name in DaemonStatus.__slots__}})
-    path = status_path(subnet_file)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+def read(subnet_file: str) -> DaemonStatus | None:
+    """The status of a daemon that lives; None where there is none, or where it cannot be read."""
     try:
-        os.write(descriptor, text.encode() + b"\n")
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
+        with open(status_path(subnet_file), "rb") as file:
+            found = jsontext.loads(file.read())
+            written = os.fstat(file.fileno()).st_mtime
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("pid"), int):
+        return None
+    alive = is_alive(subnet_file)
+    if alive is None:
+        try:
+            alive = os.stat(subnet_file).st_mtime <= written
+        except OSError:
+            alive = True  # there is no subnet yet, and the status says why
+    return DaemonStatus(found) if alive else None
 
 
 def is_alive(subnet_file: str) -> bool | None:
-    """Whether the daemon lives; None where no daemon of ours has run since the machine started."""
+    """Whether the daemon holds its lock; None where no lock file tells."""
     try:
         descriptor = os.open(lock_path(subnet_file), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -118,26 +98,24 @@ def is_alive(subnet_file: str) -> bool | None:
     return False
 
 
-def read(subnet_file: str) -> DaemonStatus | None:
-    """The status of a daemon that lives; None where there is none, or where it cannot be read."""
-    try:
-        with open(status_path(subnet_file), "rb") as file:
-            found = jsontext.loads(file.read())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(found, dict) or found.get("version") != VERSION or not is_alive(subnet_file):
-        return None
-    reasons = found.get("reasons")
-    return DaemonStatus(
-        ready=found.get("ready") is True,
-        reasons=tuple(str(reason) for reason in reasons) if isinstance(reasons, list) else (),
-        degraded=found.get("degraded") is True,
-        subnet=_text(found.get("subnet")),
-        ipv6_subnet=_text(found.get("ipv6_subnet")),
-        refuse=_text(found.get("refuse")) or "",
-        pid=pid if isinstance(pid := found.get("pid"), int) else 0,
-    )
+def hold_lock(subnet_file: str) -> int:
+    """For the daemon: take the lock, and keep the returned descriptor open for life.
 
+    Makes the directory where it is missing. BlockingIOError: another daemon lives on this subnet file.
+    """
+    import fcntl
+    import time
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    os.makedirs(os.path.dirname(subnet_file) or ".", mode=0o755, exist_ok=True)
+    descriptor = os.open(lock_path(subnet_file), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + 1
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            # A plugin that looks holds it shared for a moment; a daemon that lives does not let go.
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise
+        time.sleep(0.02)

@@ -183,9 +183,7 @@ def status(request: Request) -> bytes:
         raise CniError(UNAVAILABLE, error.msg, error.details) from None
     found = daemon_status.read(conf.subnet_file)
     if found is not None and found.degraded:
-        raise CniError(
-            LIMITED_CONNECTIVITY, "containers on this node may not reach other nodes", "; ".join(found.reasons)
-        )
+        raise CniError(LIMITED_CONNECTIVITY, "containers on this node may not reach other nodes", found.degraded)
     return b""
 
 

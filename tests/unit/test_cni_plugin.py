@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from cni import daemon_status
-from cni.daemon_status import DaemonStatus
 from tests.testbed.cni import SUBNET_ENV, Plugin
 
 
@@ -25,11 +24,16 @@ def plugin(tmp_path: Path) -> Plugin:
     return made
 
 
+def write_status(plugin: Plugin, **fields: Any) -> None:
+    status = {"pid": os.getpid(), "ready": True, "reasons": [], "subnet": None, "ipv6_subnet": None, **fields}
+    Path(daemon_status.status_path(str(plugin.subnet_file))).write_text(json.dumps(status))
+
+
 @pytest.fixture
 def daemon(plugin: Plugin) -> Iterator[Any]:
     """A daemon that lives: call it to have it write a status."""
     lock = daemon_status.hold_lock(str(plugin.subnet_file))
-    yield lambda **fields: daemon_status.write(str(plugin.subnet_file), DaemonStatus(**{"ready": True, **fields}))
+    yield lambda **fields: write_status(plugin, **fields)
     os.close(lock)
 
 
@@ -174,13 +178,24 @@ class TestWaiting:
 
     def test_daemon_that_died_says_nothing(self, plugin: Plugin) -> None:
         lock = daemon_status.hold_lock(str(plugin.subnet_file))
-        daemon_status.write(str(plugin.subnet_file), DaemonStatus(ready=True, subnet="10.5.9.0/24", refuse="old"))
+        write_status(plugin, subnet="10.5.9.0/24")
         plugin.fake_delegate()
         assert plugin("ADD").code == 1
         os.close(lock)
         assert plugin("ADD").code == 0
         plugin.subnet_file.unlink()
         assert "not running" in plugin("ADD").json["details"]
+
+    def test_without_a_lock_the_newer_file_counts(self, plugin: Plugin) -> None:
+        plugin.fake_delegate()
+        write_status(plugin, subnet="10.5.9.0/24")
+        os.utime(plugin.subnet_file, (0, 0))
+        assert "now leases 10.5.9.0/24" in plugin("ADD").json["msg"]
+        os.utime(plugin.subnet_file)  # flannel's own daemon took over
+        assert plugin("ADD").code == 0
+        write_status(plugin, subnet="10.5.9.0/24", pid=None)  # stopped in good order
+        os.utime(plugin.subnet_file, (0, 0))
+        assert plugin("ADD").code == 0
 
 
 @pytest.mark.field_problem(29)
@@ -223,9 +238,9 @@ class TestStatus:
 
     def test_limited_connectivity(self, plugin: Plugin, daemon: Any) -> None:
         plugin.fake_delegate()
-        daemon(ready=False, degraded=True, reasons=("flannel.1 is missing",))
-        assert self.status(plugin) == (51, "flannel.1 is missing")
-        daemon(ready=False, reasons=("etcd is down",))
+        daemon(ready=False, reasons=("store: etcd is down", "kernel: flannel.1 is missing"))
+        assert self.status(plugin) == (51, "kernel: flannel.1 is missing")
+        daemon(ready=False, reasons=("store: etcd is down",))
         assert self.status(plugin) == (0, "")
 
 
