@@ -29,6 +29,10 @@ class Standing:
     instance: str = ""
 
 
+LINGER = 2.0
+"""Seconds for which a peer whose lease is gone keeps its records, unless another lease needs them: a key that was
+deleted by mistake is claimed again within that time, and no packet is lost meanwhile."""
+
 BLACKHOLE_METRIC = 4096
 """Behind the bridge's own route (metric 0), which must win while it is there."""
 
@@ -46,6 +50,7 @@ class DesiredState:
         self._owner: dict[Key, str] = {}
         self._leases: Mapping[str, Lease] = {}
         self._peers: dict[str, tuple[Record, ...]] = {}
+        self._lingering: dict[str, float] = {}
         self.refused: dict[str, str] = {}
         for record in self._host_records():
             self._records[record.key] = record
@@ -71,23 +76,31 @@ class DesiredState:
         """How many peers have records."""
         return len(self._peers)
 
-    def update(self, leases: Mapping[str, Lease]) -> set[Key]:
-        """Follow a snapshot; the keys of records that came, went or changed."""
-        if leases is self._leases:
-            return set()
-        before = self._leases
-        changed = [key for key, lease in leases.items() if before.get(key) is not lease]
-        gone = [key for key in before if key not in leases]
+    @property
+    def next_departure(self) -> float | None:
+        """When ``update`` has something to do without a new snapshot, on the clock of its ``now``."""
+        return min(self._lingering.values(), default=None)
+
+    def update(self, leases: Mapping[str, Lease], now: float) -> set[Key]:
+        """Follow a snapshot at time ``now`` (seconds); the keys of records that came, went or changed."""
         touched: set[Key] = set()
-        for key in gone:
+        before = self._leases
+        if leases is not before:
+            changed = [key for key, lease in leases.items() if before.get(key) is not lease]
+            gone = [key for key in before if key not in leases]
+            self._leases = leases
+            for key in gone:
+                self._lingering[key] = now + LINGER
+                self.refused.pop(key, None)
+            for key in changed:
+                self._lingering.pop(key, None)
+                touched |= self._admit(leases[key], touched)
+        for key in [key for key, end in self._lingering.items() if end <= now]:
             touched |= self._withdraw(key)
-        for key in changed:
-            touched |= self._admit(leases[key])
-        if touched and self.refused:
+        if self.refused and (touched or self._lingering):
             # What a refused peer collided with may be gone now.
-            for key in [k for k in self.refused if k in leases and k not in changed]:
-                touched |= self._admit(leases[key])
-        self._leases = leases
+            for key in [key for key in self.refused if key in leases]:
+                touched |= self._admit(leases[key], touched)
         return touched
 
     def _host_records(self) -> Iterable[Record]:
@@ -97,20 +110,20 @@ class DesiredState:
             for subnet in self.standing.host.subnets.values():
                 yield Route(str(subnet), None, type="blackhole", metric=BLACKHOLE_METRIC, protocol=ROUTE_PROTOCOL)
 
-    def _admit(self, lease: Lease) -> set[Key]:
+    def _admit(self, lease: Lease, touched: set[Key]) -> set[Key]:
+        """Give a lease its records. What lingers in its way goes at once; those keys are added to ``touched``."""
         if lease.key == self.standing.lease.key or not self.standing.backend.accepts(lease):
             return self._withdraw(lease.key)
         try:
             self._check(lease)
             records = tuple(self.standing.backend.peer_state(self.standing.host, lease))
-            self._check_collisions(lease.key, records)
+            self._check_collisions(lease.key, records, touched)
         except PeerRefused as refusal:
-            touched = self._withdraw(lease.key)
+            changed = self._withdraw(lease.key)
             self.refused[lease.key] = str(refusal)
-            return touched
+            return changed
         old = {record.key: record for record in self._peers.get(lease.key, ())}
         new = {record.key: record for record in records}
-        touched = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
         for key in old.keys() - new.keys():
             self._records.pop(key, None)
             self._owner.pop(key, None)
@@ -118,10 +131,11 @@ class DesiredState:
         self._owner.update(dict.fromkeys(new, lease.key))
         self._peers[lease.key] = records
         self.refused.pop(lease.key, None)
-        return touched
+        return {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
 
     def _withdraw(self, lease_key: str) -> set[Key]:
         self.refused.pop(lease_key, None)
+        self._lingering.pop(lease_key, None)
         touched: set[Key] = set()
         for record in self._peers.pop(lease_key, ()):
             self._records.pop(record.key, None)
@@ -142,12 +156,14 @@ class DesiredState:
             if own is not None and subnet.overlaps(own):
                 raise PeerRefused(f"lease {lease.key} of {_owner_name(lease)} overlaps this node's own subnet {own}")
 
-    def _check_collisions(self, lease_key: str, records: Iterable[Record]) -> None:
+    def _check_collisions(self, lease_key: str, records: Iterable[Record], touched: set[Key]) -> None:
         for record in records:
             holder = self._owner.get(record.key)
-            if holder is not None and holder != lease_key:
+            if holder in self._lingering:
+                touched |= self._withdraw(holder)
+            elif holder is not None and holder != lease_key:
                 raise PeerRefused(f"lease {lease_key} wants {record}, which belongs to lease {holder}")
-            if holder is None and record.key in self._records:
+            elif holder is None and record.key in self._records:
                 raise PeerRefused(f"lease {lease_key} wants {record}, which belongs to this node")
 
 

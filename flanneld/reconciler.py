@@ -39,6 +39,8 @@ class Wanted:
     scope: Scope
     changed: frozenset[Key] | None
     owned: Owned
+    again_at: float | None = None
+    """When the answer will be another one by itself, on the reconciler's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class _Progress:
     retry_at: float = 0.0
     retry_in: float = 0.0
     next_resync: float = 0.0
+    again_at: float | None = None
     repair_streak: int = 0
     settled: bool = False
     """Whether the desired state has been true once: from then on, unasked changes are repairs."""
@@ -148,6 +151,8 @@ class Reconciler:
         due = [now + self._intervals.tick, progress.next_resync]
         if progress.retry_in:
             due.append(progress.retry_at)
+        if progress.again_at is not None:
+            due.append(progress.again_at)
         return max(0.0, min(due) - now)
 
     def _attempt(self, now: float) -> PassResult:
@@ -164,6 +169,7 @@ class Reconciler:
         except OSError as error:
             progress.dirty = None
             return PassResult(blind=f"cannot look at the kernel: {error}")
+        progress.again_at = wanted.again_at
         keys = self._keys(observed, wanted, now)
         changes = plan(wanted.state, observed.state, wanted.owned, keys) if keys is None or keys else []
         failures, skipped = self._apply(changes)

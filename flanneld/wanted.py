@@ -78,14 +78,15 @@ class WantedState:
                 if desired is None:
                     return None
         before = {} if fresh else desired.leases
-        touched = desired.update(snapshot.leases)
+        touched = desired.update(snapshot.leases, time.monotonic())
         if touched or fresh:
             self._log_peers(before, snapshot.leases, desired, quiet=fresh)
         self._desired = desired
         self._show_refused(desired)
         self._metrics.peers.set(desired.peers)
         changed = None if fresh else frozenset(touched)
-        return Wanted(desired.state, desired.scope, changed, self._ownership(observed, desired))
+        owned = self._ownership(observed, desired)
+        return Wanted(desired.state, desired.scope, changed, owned, desired.next_departure)
 
     def report(self, result: PassResult) -> None:
         """Turn a pass into log lines, metrics and the kernel condition."""

@@ -9,7 +9,7 @@ import pytest
 
 from backends.kernel_state import FdbEntry, Kind, Route
 from backends.vxlan import Vxlan
-from flanneld.desired import DesiredState, Standing
+from flanneld.desired import LINGER, DesiredState, Standing
 from subnet_lease.lease import Lease, LeaseAttrs
 from tests.unit.backend_values import host
 
@@ -40,9 +40,12 @@ def routes(state: DesiredState) -> set[str]:
 def test_peers_come_and_go_and_the_touched_keys_are_theirs():
     state = desired()
     a, b = lease("10.5.2.0/24", 12), lease("10.5.3.0/24", 13)
-    assert len(state.update(snapshot(OWN, a, b))) == 6
+    assert len(state.update(snapshot(OWN, a, b), 0)) == 6
     assert routes(state) == {"10.5.2.0/24", "10.5.3.0/24"}
-    touched = state.update(snapshot(OWN, a))
+    assert state.update(snapshot(OWN, a), 1) == set(), "it lingers"
+    assert state.next_departure == 1 + LINGER
+    touched = state.update(snapshot(OWN, a), 1 + LINGER)
+    assert state.next_departure is None
     assert {key[0] for key in touched} == {Kind.FDB, Kind.NEIGHBOUR, Kind.ROUTE}
     assert routes(state) == {"10.5.2.0/24"}
     assert state.peers == 1
@@ -52,21 +55,21 @@ def test_an_unchanged_lease_is_not_looked_at():
     state = desired()
     a = lease("10.5.2.0/24", 12)
     first = snapshot(OWN, a)
-    state.update(first)
-    assert state.update(dict(first)) == set()
-    assert state.update(first) == set()
+    state.update(first, 0)
+    assert state.update(dict(first), 0) == set()
+    assert state.update(first, 0) == set()
 
 
 def test_a_peer_with_a_new_mac_loses_the_old_entry():
     state = desired()
-    state.update(snapshot(OWN, lease("10.5.2.0/24", 12)))
-    state.update(snapshot(OWN, lease("10.5.2.0/24", 12, "02:00:00:00:09:09")))
+    state.update(snapshot(OWN, lease("10.5.2.0/24", 12)), 0)
+    state.update(snapshot(OWN, lease("10.5.2.0/24", 12, "02:00:00:00:09:09")), 0)
     assert [r.mac for r in state.state.values() if isinstance(r, FdbEntry)] == ["02:00:00:00:09:09"]
 
 
 def test_our_own_lease_and_foreign_backends_are_no_peers():
     state = desired()
-    state.update(snapshot(OWN, lease("10.5.2.0/24", 12, kind="host-gw")))
+    state.update(snapshot(OWN, lease("10.5.2.0/24", 12, kind="host-gw")), 0)
     assert routes(state) == set()
     assert state.refused == {}
 
@@ -82,7 +85,7 @@ def test_our_own_lease_and_foreign_backends_are_no_peers():
 def test_a_lease_that_would_do_harm_is_refused(bad, says):
     state = desired()
     good = lease("10.5.3.0/24", 13)
-    state.update(snapshot(OWN, bad, good))
+    state.update(snapshot(OWN, bad, good), 0)
     assert says in state.refused[bad.key]
     assert routes(state) == {"10.5.3.0/24"}
 
@@ -90,10 +93,10 @@ def test_a_lease_that_would_do_harm_is_refused(bad, says):
 def test_two_peers_with_one_mac_the_first_keeps_it_and_the_second_gets_it_when_the_first_goes():
     state = desired()
     a, b = lease("10.5.2.0/24", 12, "02:00:00:00:05:05"), lease("10.5.3.0/24", 13, "02:00:00:00:05:05")
-    state.update(snapshot(OWN, a, b))
+    state.update(snapshot(OWN, a, b), 0)
     assert routes(state) == {"10.5.2.0/24"}
     assert "belongs to lease 10.5.2.0-24" in state.refused[b.key]
-    state.update(snapshot(OWN, b))
+    state.update(snapshot(OWN, b), 0)
     assert routes(state) == {"10.5.3.0/24"}
     assert state.refused == {}
 
@@ -101,8 +104,8 @@ def test_two_peers_with_one_mac_the_first_keeps_it_and_the_second_gets_it_when_t
 def test_a_refused_lease_that_goes_is_forgotten():
     state = desired()
     bad = lease("10.6.2.0/24", 12)
-    state.update(snapshot(OWN, bad))
-    state.update(snapshot(OWN))
+    state.update(snapshot(OWN, bad), 0)
+    state.update(snapshot(OWN), 0)
     assert state.refused == {}
 
 
@@ -111,3 +114,22 @@ def test_the_blackhole_stands_behind_the_bridges_own_route():
     hole = next(r for r in DesiredState(standing).state.values() if isinstance(r, Route))
     assert (hole.dst, hole.type, hole.dev) == ("10.5.1.0/24", "blackhole", None)
     assert hole.metric is not None and hole.metric > 0
+
+
+def test_a_lease_that_comes_back_in_time_was_never_gone():
+    state = desired()
+    a = lease("10.5.2.0/24", 12)
+    state.update(snapshot(OWN, a), 0)
+    state.update(snapshot(OWN), 1)
+    assert routes(state) == {"10.5.2.0/24"}
+    assert state.update(snapshot(OWN, lease("10.5.2.0/24", 12)), 2) == set()
+    assert state.update(snapshot(OWN, a), 99) == set()
+    assert routes(state) == {"10.5.2.0/24"}
+
+
+def test_a_node_that_moved_to_another_subnet_does_not_wait_for_its_old_one():
+    state = desired()
+    state.update(snapshot(OWN, lease("10.5.2.0/24", 12)), 0)
+    touched = state.update(snapshot(OWN, lease("10.5.3.0/24", 12)), 1)
+    assert routes(state) == {"10.5.3.0/24"}
+    assert len(touched) == 5, "two routes, two neighbours, one FDB entry"

@@ -1,0 +1,56 @@
+"""Leave the host as if flanneld had never run here: the plan towards the empty state, applied once."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from ipaddress import ip_interface
+from pathlib import Path
+
+from backends.kernel_state import Change, Interface, Scope, is_flannel_device
+from flanneld.dataplane.assemble import make_dataplane
+from flanneld.options import Options
+from flanneld.outputs import STATUS_FILE
+from flanneld.ownership import ownership
+from flanneld.plan import plan
+from subnet_lease import subnet_file
+from subnet_lease.lease import IPNetwork
+
+
+class CleanupError(Exception):
+    """Something of ours could not be removed; the text names it."""
+
+
+def cleanup(options: Options) -> list[Change]:
+    """Remove devices, routes, rules and files of this instance; what was removed. CleanupError if something stays."""
+    path = Path(options.subnet_file)
+    content = None
+    with suppress(ValueError, OSError):
+        content = subnet_file.read(path)
+    dataplane = make_dataplane()
+    try:
+        bare = dataplane.observe(Scope(instance=options.instance))
+        networks = _networks(content, bare.interfaces)
+        scope = Scope(networks=tuple(map(str, networks)), instance=options.instance)
+        observed = dataplane.observe(scope)
+        changes = plan({}, observed.state, ownership(observed.interfaces, networks, frozenset()))
+        failures = dataplane.apply(changes)
+    finally:
+        dataplane.close()
+    if failures:
+        raise CleanupError("; ".join(failure.message for failure in failures))
+    path.unlink(missing_ok=True)
+    path.with_name(STATUS_FILE).unlink(missing_ok=True)
+    return changes
+
+
+def _networks(content: subnet_file.SubnetFile | None, interfaces: tuple[Interface, ...]) -> tuple[IPNetwork, ...]:
+    """What was ours: subnet.env says it; without one, whatever the devices with flannel's names carry."""
+    if content is not None:
+        return tuple(n for n in (content.network, content.ipv6_network) if n is not None)
+    return tuple(
+        ip_interface(address.address).network
+        for interface in interfaces
+        if is_flannel_device(interface.name)
+        for address in interface.addresses
+        if not ip_interface(address.address).ip.is_link_local
+    )
