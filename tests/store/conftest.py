@@ -1,0 +1,148 @@
+"""One etcd for all tests of this directory, a prefix of its own for each; nodes that join a network."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address
+from typing import Any
+
+import pytest
+
+from flanneld.lab.etcd import Etcd
+from subnet_lease.etcd import EtcdStore
+from subnet_lease.lease import LeaseAttrs, LeaseSnapshot, NodeIdentity
+from subnet_lease.store import LeaseRequest
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def shared_etcd() -> Iterator[Etcd]:
+    """A server that nobody stops, wipes or compacts."""
+    with Etcd() as etcd:
+        yield etcd
+
+
+@pytest.fixture
+def own_etcd() -> Iterator[Etcd]:
+    """A server that the test may stop, wipe or compact."""
+    with Etcd() as etcd:
+        yield etcd
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"/test{next(_numbers)}/network"
+
+
+def request_of(name: str, ip: str, **changes: Any) -> LeaseRequest:
+    """What the node ``name`` asks for; ``mac`` and ``machine_id`` follow from the name unless given."""
+    identity = NodeIdentity(name, changes.pop("machine_id", f"machine-{name}"), changes.pop("mac", f"02:00:{name}"))
+    attrs = LeaseAttrs(
+        public_ip=IPv4Address(ip),
+        backend_type="vxlan",
+        backend_data={"VNI": 1, "VtepMAC": changes.pop("vtep", "02:00:00:00:00:01")},
+    )
+    return LeaseRequest(identity, attrs, **changes)
+
+
+class Network:
+    """A network in etcd, and the stores that tests open on it; every one is closed at the end."""
+
+    def __init__(self, etcd: Etcd, prefix: str) -> None:
+        self.etcd, self.prefix = etcd, prefix
+        self._stores: list[EtcdStore] = []
+        self._followers: list[Follower] = []
+
+    def configure(self, text: str = '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}') -> None:
+        self.etcd.ctl("put", f"{self.prefix}/config", text)
+
+    def store(self, machine: str | None = None, **options: Any) -> EtcdStore:
+        """A node's connection; ``machine`` tells one kernel from another."""
+        store = EtcdStore(options.pop("endpoints", [self.etcd.endpoint]), self.prefix, instance=machine, **options)
+        self._stores.append(store)
+        return store
+
+    def follow(self, store: EtcdStore) -> Follower:
+        follower = Follower(store)
+        self._followers.append(follower)
+        return follower
+
+    def key(self, name: str) -> str:
+        return f"{self.prefix}/subnets/{name}"
+
+    def get(self, name: str) -> str:
+        return self.etcd.ctl("get", "--print-value-only", self.key(name)).rstrip("\n")
+
+    def keys(self) -> list[str]:
+        text = self.etcd.ctl("get", "--prefix", "--keys-only", f"{self.prefix}/subnets/")
+        return sorted(line.rpartition("/")[2] for line in text.splitlines() if line)
+
+    def close(self) -> None:
+        for store in self._stores:
+            store.close()
+        for follower in self._followers:
+            follower.join()
+
+
+class Follower:
+    """Collects a store's snapshots in a thread."""
+
+    def __init__(self, store: EtcdStore) -> None:
+        self.snapshots: list[LeaseSnapshot] = []
+        self.error: BaseException | None = None
+        self._watch = store.watch()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for snapshot in self._watch:
+                self.snapshots.append(snapshot)
+        except BaseException as error:  # noqa: BLE001 - watch promises never to raise; join() tells
+            self.error = error
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self.snapshots[-1].leases) if self.snapshots else set()
+
+    def join(self) -> None:
+        self._thread.join(timeout=10)
+        assert not self._thread.is_alive(), "watch did not end with close()"
+        assert self.error is None, f"watch raised {self.error!r}"
+
+
+@pytest.fixture
+def network(shared_etcd: Etcd, prefix: str) -> Iterator[Network]:
+    network = Network(shared_etcd, prefix)
+    network.configure()
+    yield network
+    network.close()
+
+
+@pytest.fixture
+def own_network(own_etcd: Etcd, prefix: str) -> Iterator[Network]:
+    network = Network(own_etcd, prefix)
+    network.configure()
+    yield network
+    network.close()
+
+
+MakeNetwork = Callable[[Etcd], Network]
+
+
+@pytest.fixture
+def on(prefix: str) -> Iterator[MakeNetwork]:
+    """Make a network on a given etcd, closed at the end."""
+    made: list[Network] = []
+
+    def make(etcd: Etcd) -> Network:
+        network = Network(etcd, prefix)
+        made.append(network)
+        return network
+
+    yield make
+    for network in made:
+        network.close()
