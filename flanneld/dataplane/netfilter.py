@@ -14,7 +14,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal
 
@@ -43,7 +43,7 @@ RIVAL_PUTS: Final = 3
 class Netfilter:
     """Implements ``flanneld.dataplane.handler.Handler`` for Firewall records. Made and used by one thread."""
 
-    def __init__(self, *, clock: Any = time.monotonic) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._tools = Tools()
         self._instance = ""
@@ -59,6 +59,8 @@ class Netfilter:
         self._legacy_due = 0.0
         self._rivals: Counter[str] = Counter()
         self._tolerated: set[str] = set()
+        self._put: dict[Part, Firewall] = {}
+        self._misread: Counter[tuple[Firewall, Firewall]] = Counter()
         self._blocking: tuple[str, ...] = ()
         self._blocking_stale = True
         self._blocking_due = 0.0
@@ -74,7 +76,13 @@ class Netfilter:
         rivals = (
             f"FORWARD: this rule keeps being put before ours and may drop our traffic: {r}" for r in self._tolerated
         )
-        return (*self._blocking, *sorted(rivals))
+        misread = (
+            f"{put.mode} shows other rules than were written ({', '.join(found.defects) or 'in another order'}); "
+            "changes to them may go unnoticed"
+            for (put, found), count in self._misread.items()
+            if count > RIVAL_PUTS
+        )
+        return (*self._blocking, *sorted(rivals), *misread)
 
     def random_fully(self, family: Family) -> bool:
         """Whether the installed iptables can pick source ports at random (1.6.2); True when there is none."""
@@ -171,12 +179,22 @@ class Netfilter:
                 found = None  # what is broken and not wanted is not ours to complain about
             self._seen.pop(part, None)
             if found is not None:
-                self._seen[part] = found
+                self._seen[part] = self._trusted(part, found)
             self._known.add(part)
             self._stale.discard(part)
         answer = {firewall.key: firewall for firewall in self._seen.values()}
         if answer != self._answer:
             self._answer = answer
+
+    def _trusted(self, part: Part, found: Firewall) -> Firewall:
+        """What was found; what was written, if the kernel keeps showing that in a way that is not understood.
+
+        A later iptables or nft may print rules in another way: better blind to a difference than writing for ever.
+        """
+        put = self._put.pop(part, found)
+        if put != found:
+            self._misread[put, found] += 1
+        return next((p for (p, f), n in self._misread.items() if f == found and n > RIVAL_PUTS), found)
 
     def _look_nft(self, family: Family, tables: set[tuple[str, str]]) -> Firewall | None:
         name, nft_family = names_of(self._instance).table(family), NFT_FAMILY[family]
@@ -249,20 +267,30 @@ class Netfilter:
         if len(changes) > 1:
             with contextlib.suppress(ToolMissing, ToolFailed):
                 self._run_nft("".join(_nft_text(change) for change in changes))
-                self._stale.update(("nftables", c.record.family) for c in changes if isinstance(c.record, Firewall))
+                for change in changes:
+                    self._note(change)
                 return []
         return [f for c in changes for f in self._attempt(c, lambda c=c: self._run_nft(_nft_text(c)))]
 
-    def _attempt(self, change: Change, action: Any) -> list[Failure]:
-        assert isinstance(change.record, Firewall)
-        self._stale.add((change.record.mode, change.record.family))
+    def _attempt(self, change: Change, action: Callable[[], None]) -> list[Failure]:
         try:
             action()
         except ToolMissing as missing:
             return [Failure(change, "missing", str(missing))] if change.op == "put" else []
         except ToolFailed as failed:
+            self._note(change, failed=True)
             return [Failure(change, failed.cause, str(failed))]
+        self._note(change)
         return []
+
+    def _note(self, change: Change, *, failed: bool = False) -> None:
+        """Look at what came of it in the next ``observe``."""
+        assert isinstance(change.record, Firewall)
+        part = (change.record.mode, change.record.family)
+        self._stale.add(part)
+        self._put.pop(part, None)
+        if change.op == "put" and not failed:
+            self._put[part] = change.record
 
     def _run_nft(self, text: str) -> None:
         run([self._tools.nft(), "-f", "-"], text)

@@ -20,8 +20,9 @@ from flanneld.dataplane.netfilter_names import Family, Names, names_of
 
 Table = Literal["nat", "filter"]
 
-GOES_FIRST: Final = ("cali-", "KUBE-", "CILIUM_", "WEAVE-", "DOCKER-USER", "ufw-before-", "ufw6-before-")
-"""Chains that may stand before our jump in FORWARD: network policies, kube-proxy, the administrator's own rules.
+GOES_FIRST: Final = ("cali-", "KUBE-", "CILIUM_", "WEAVE-", "DOCKER-USER", "FLANNEL-FWD")
+"""Chains that may stand before our jump in FORWARD: network policies, kube-proxy, the administrator's own rules, and
+those of a second daemon like us.
 
 Some of them (Calico, kube-router) insist on the first place and would take it back for ever.
 """

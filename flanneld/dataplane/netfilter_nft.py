@@ -83,8 +83,6 @@ def parse_table(listing: Mapping[str, Any], family: Family, instance: str = "") 
                 defects.append(f"unexpected rule in chain {chain}: handle {value.get('handle')}")
             else:
                 rules[chain].append(rule)
-        else:
-            defects.append(f"unexpected {what} {value.get('name')} in table {table}")
     if not found:
         return None
     defects += [f"chain {chain} is empty" for chain in rules if chain in present and not rules[chain]]
@@ -140,6 +138,9 @@ def _condition(match: Mapping[str, Any], family: Family) -> tuple[str, str] | No
             return None
         return side, f"!{cidr}" if operator == "!=" else cidr
     masked, mask = left.get("&", (left, None))
+    if isinstance(right, Mapping) and "prefix" in right:  # how nft shows a mask of leading ones
+        right, length = right["prefix"]["addr"], right["prefix"]["len"]
+        mask = 0xFFFFFFFF << (32 - length) & 0xFFFFFFFF
     if operator != "==" or masked != {"meta": {"key": "mark"}} or not isinstance(right, int):
         return None
     return "mark", f"{right:#x}/{mask:#x}" if mask is not None else f"{right:#x}"

@@ -109,8 +109,12 @@ def _identify(prefix: str, family: Family) -> Iptables:
 
 
 def which(program: str) -> str | None:
-    """A daemon's PATH may lack the sbin directories; what PATH names comes first."""
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{_SBIN}")
+    return shutil.which(program, path=search_path())
+
+
+def search_path() -> str:
+    """PATH, and the sbin directories that a daemon's PATH may lack."""
+    return f"{os.environ.get('PATH', '')}:{_SBIN}"
 
 
 def run(argv: list[str], stdin: str = "") -> str:
