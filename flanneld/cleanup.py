@@ -12,6 +12,7 @@ from flanneld.options import Options
 from flanneld.outputs import STATUS_FILE
 from flanneld.ownership import ownership
 from flanneld.plan import plan
+from flanneld.startup_command import hooks_file
 from subnet_lease import subnet_file
 from subnet_lease.lease import IPNetwork
 
@@ -26,7 +27,7 @@ def cleanup(options: Options) -> list[Change]:
     content = None
     with suppress(ValueError, OSError):
         content = subnet_file.read(path)
-    dataplane = make_dataplane()
+    dataplane = make_dataplane(hooks_file(options.subnet_file))
     try:
         bare = dataplane.observe(Scope(instance=options.instance))
         networks = _networks(content, bare.interfaces)

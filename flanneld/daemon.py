@@ -26,9 +26,11 @@ from flanneld.open_store import open_store
 from flanneld.options import Options
 from flanneld.outputs import Outputs
 from flanneld.reconciler import Intervals, Reconciler
+from flanneld.record_json import to_json
+from flanneld.startup_command import hooks_file
 from flanneld.status import Health
 from flanneld.telemetry import Metrics, gauge, labelled_counter
-from flanneld.wanted import WantedState, describe
+from flanneld.wanted import WantedState
 from subnet_lease.store import LeaseStore, StoreError
 
 log = structlog.get_logger("flanneld")
@@ -97,7 +99,7 @@ class Daemon:
             self.board.stop(1)
 
     def _reconcile(self) -> None:
-        dataplane = make_dataplane()
+        dataplane = make_dataplane(hooks_file(self.options.subnet_file))
         try:
             self.wanted = WantedState(
                 self.board, self.health, self.metrics, dataplane, self.options.iface_can_reach, self._data_path_stands
@@ -209,10 +211,19 @@ class Daemon:
         return text(503, "flanneld is not ready yet\n" + "".join(f"- {r}\n" for r in self.health.reasons))
 
     def _desired(self) -> Answer:
-        """What should be in the kernel, one record a line, for ``flannelctl status --diff``."""
+        """What should be in the kernel, and where to look for it, for ``flannelctl status --diff``."""
         desired = self.wanted.desired if self.wanted else None
-        records = sorted(describe(r) for r in list(desired.state.values())) if desired else []
-        return as_json(records)
+        if desired is None:
+            return as_json({"records": [], "devices": [], "networks": [], "instance": ""})
+        scope = desired.scope
+        return as_json(
+            {
+                "records": [to_json(record) for record in list(desired.state.values())],
+                "devices": sorted(scope.devices),
+                "networks": list(scope.networks),
+                "instance": scope.instance,
+            }
+        )
 
     def status(self) -> dict[str, Any]:
         """Everything about this node, for /status and flannelctl."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from flanneld.options import Options
 from subnet_lease.store import LeaseStore
@@ -31,8 +31,12 @@ def _open_kube(options: Options) -> LeaseStore:
 
     return KubeStore(
         node_name=options.node_name,
+        pod_name=os.environ.get("POD_NAME", ""),
+        pod_namespace=os.environ.get("POD_NAMESPACE", ""),
         kubeconfig=options.kubeconfig_file,
         api_url=options.kube_api_url,
         annotation_prefix=options.kube_annotation_prefix,
-        net_config_path=Path(options.net_config_path),
+        net_config_path=options.net_config_path,
+        set_network_unavailable=options.set_node_network_unavailable,
+        policy_notice=options.network_policy_notice,
     )
