@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, Literal
 
 from backends.kernel_state import Change, Failure, Firewall, Key, Link, Record, Scope
@@ -64,7 +65,7 @@ class Netfilter:
         self._blocking: tuple[str, ...] = ()
         self._blocking_stale = True
         self._blocking_due = 0.0
-        self._forward_tables: set[tuple[str, str]] = set()
+        self._foreign: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
         try:
             self._monitor: Monitor | None = Monitor()
         except OSError:
@@ -137,12 +138,14 @@ class Netfilter:
         self._recheck = False
         if touched is None:
             self._stale.update(PARTS)
+            self._foreign.clear()
             self._blocking_stale = True
             return
         names = names_of(self._instance)
         for change in touched:
             family: Family | None = {"ip": 4, "ip6": 6}.get(change.family)  # type: ignore[assignment]
-            self._blocking_stale |= change.forward_hook or (change.family, change.table) in self._forward_tables
+            listed = self._foreign.pop((change.family, change.table), None)
+            self._blocking_stale |= change.forward_hook or listed is not None
             if family is None:
                 continue
             if change.table == names.table(family):
@@ -259,7 +262,7 @@ class Netfilter:
             failures += self._apply_nft(nft)
         for change in changes:
             if isinstance(change.record, Firewall) and change.record.mode == "iptables":
-                failures += self._attempt(change, lambda c=change: self._apply_iptables(c))
+                failures += self._attempt(change, partial(self._apply_iptables, change))
         return failures
 
     def _apply_nft(self, changes: list[Change]) -> list[Failure]:
@@ -270,7 +273,7 @@ class Netfilter:
                 for change in changes:
                     self._note(change)
                 return []
-        return [f for c in changes for f in self._attempt(c, lambda c=c: self._run_nft(_nft_text(c)))]
+        return [f for c in changes for f in self._attempt(c, partial(self._run_nft, _nft_text(c)))]
 
     def _attempt(self, change: Change, action: Callable[[], None]) -> list[Failure]:
         try:
@@ -321,20 +324,29 @@ class Netfilter:
 
     def _search_blocking(self) -> None:
         now = self._clock()
-        if not self._blocking_stale or now < self._blocking_due or not self._networks:
+        if not self._blocking_stale or now < self._blocking_due or not self._networks or not self._tools.has_nft():
             return
-        tables = {(c.family, c.table) for c in netfilter_socket.list_chains() if c.hook == "forward"}
         names = names_of(self._instance)
-        tables -= {("ip", names.table(4)), ("ip6", names.table(6))}
-        tables = {table for table in tables if table[0] in ("ip", "ip6", "inet")}
-        found: list[Mapping[str, Any]] = []
-        if self._tools.has_nft():
-            for family, table in sorted(tables):
-                with contextlib.suppress(ToolFailed, ToolMissing):  # gone meanwhile, or not for nft to read
-                    found += json.loads(run(["nft", "-j", "list", "table", family, table]))["nftables"]
-        self._blocking = netfilter_blocking.blocking_chains(found, self._networks)
-        self._forward_tables, self._blocking_stale = tables, False
+        ours = {("ip", names.table(4)), ("ip6", names.table(6))}
+        hooked = {(c.family, c.table) for c in netfilter_socket.list_chains() if c.hook == "forward"} - ours
+        self._foreign = {
+            (family, table): self._foreign.get((family, table)) or _list_table(family, table)
+            for family, table in sorted(hooked)
+            if family in ("ip", "ip6", "inet")
+        }
+        everything = [item for items in self._foreign.values() for item in items]
+        self._blocking = netfilter_blocking.blocking_chains(everything, self._networks)
+        self._blocking_stale = False
         self._blocking_due = now + max(BLOCKING_INTERVAL, BLOCKING_SHARE * (self._clock() - now))
+
+
+def _list_table(family: str, table: str) -> list[Mapping[str, Any]]:
+    """One table at a time: nft 1.0 shows only the last of several that one call asks for."""
+    try:
+        items: list[Mapping[str, Any]] = json.loads(run(["nft", "-j", "list", "table", family, table]))["nftables"]
+    except (ToolFailed, ToolMissing):
+        return []  # gone meanwhile, or not for nft to read
+    return items
 
 
 def _nft_text(change: Change) -> str:
