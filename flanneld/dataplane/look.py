@@ -10,6 +10,7 @@ from socket import AF_INET, AF_INET6, inet_pton
 from backends.kernel_state import (
     Address,
     FdbEntry,
+    InterfaceAddress,
     Key,
     Kind,
     Link,
@@ -332,11 +333,16 @@ class Look:
         """Whatever is on this interface may have gone: look at it at the next refresh."""
         self._stale.add(index)
 
-    def lost_address(self, address: Address) -> None:
-        """We removed an address: routes that need it went without a message."""
+    def own_address(self, address: Address, *, there: bool) -> None:
+        """We added or removed an address. The kernel's message about IPv6 comes later, from a worker of its own."""
         index = self.interfaces.index(address.dev)
-        if index is not None:
-            self._stale.add(index)
+        if index is None:
+            return
+        if there:
+            self.interfaces.set_address(index, InterfaceAddress(address.address))
+        else:
+            self.interfaces.remove_address(index, address.address)
+            self._stale.add(index)  # routes that need it went without a message
 
     def own_write(self, name: str) -> None:
         """The device of this name is as it is because we wrote it so: no news."""

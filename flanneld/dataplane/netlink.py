@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 import struct
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -23,6 +22,7 @@ from flanneld.dataplane.wire import (
     NLM_F_REQUEST,
     NLMSG_DONE,
     NLMSG_ERROR,
+    RTM_DELROUTE,
     RTM_NEWROUTE,
     attributes,
 )
@@ -213,10 +213,11 @@ def _error(data: bytes, flags: int) -> NetlinkError | None:
 
 
 class Monitor:
-    """What the kernel says about links, addresses, routes, neighbours and forwarding entries, except to ``port_id``.
+    """What the kernel says about links, addresses, routes, neighbours and forwarding entries.
 
-    Route and neighbour messages about our own requests are left out in the kernel already, by a socket filter, so
-    that 15,000 writes do not come back as 15,000 messages.
+    Route messages about the requests of the socket ``port_id`` are left out in the kernel already, by a socket filter:
+    we know them from their acknowledgements. The others come, since the kernel does not tell for all of them who
+    asked (a neighbour's deletion, forwarding entries), and half of a story would be read wrongly.
     """
 
     def __init__(self, port_id: int, receive_buffer: int = MONITOR_BUFFER) -> None:
@@ -242,24 +243,20 @@ class Monitor:
                 return
 
     def _leave_out(self, port_id: int) -> None:
-        """A classic BPF program: drop if nlmsg_type >= RTM_NEWROUTE and nlmsg_pid is ours.
+        """A classic BPF program: drop if nlmsg_type is RTM_NEWROUTE or RTM_DELROUTE and nlmsg_pid is ours.
 
-        BPF loads in network order, netlink writes in host order: the constants are swapped to match.
+        BPF loads in network order, netlink writes in host order: htons and htonl make the constants match.
         """
-        swap = sys.byteorder == "little"
-        kind = socket.htons(RTM_NEWROUTE) if swap else RTM_NEWROUTE
-        pid = socket.htonl(port_id) if swap else port_id
-        program = b"".join(
-            struct.pack("=HBBI", *instruction)
-            for instruction in (
-                (0x28, 0, 0, 4),  # ldh [4]: nlmsg_type
-                (0x35, 0, 3, kind),  # jge kind, else accept. Types fit a byte, so swapping keeps their order
-                (0x20, 0, 0, 12),  # ld [12]: nlmsg_pid
-                (0x15, 0, 1, pid),  # jeq pid, else accept
-                (0x06, 0, 0, 0),  # ret 0: drop
-                (0x06, 0, 0, 0xFFFFFFFF),  # ret all: accept
-            )
+        program = (
+            (0x28, 0, 0, 4),  # ldh [4]: nlmsg_type
+            (0x15, 1, 0, socket.htons(RTM_NEWROUTE)),  # jeq: go on
+            (0x15, 0, 3, socket.htons(RTM_DELROUTE)),  # jeq: go on, else accept
+            (0x20, 0, 0, 12),  # ld [12]: nlmsg_pid
+            (0x15, 0, 1, socket.htonl(port_id)),  # jeq: drop, else accept
+            (0x06, 0, 0, 0),  # ret 0: drop
+            (0x06, 0, 0, 0xFFFFFFFF),  # ret all: accept
         )
-        held = array.array("B", program)
-        address, size = held.buffer_info()
-        self._sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", size // 8, address))
+        held = array.array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
+        self._sock.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), held.buffer_info()[0])
+        )

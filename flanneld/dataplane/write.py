@@ -32,6 +32,8 @@ from flanneld.dataplane.wire import (
 
 GONE: Final = frozenset({errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.ENXIO, errno.EADDRNOTAVAIL})
 """What the kernel says of a removal whose object is not there any more."""
+SLICE: Final = 2000
+"""Changes between two looks at the monitor."""
 _PUT: Final = NLM_F_CREATE | NLM_F_REPLACE
 
 
@@ -51,6 +53,14 @@ class Writer:
     def batch(self, changes: Sequence[Change]) -> list[Failure]:
         """Make the changes in order, whatever becomes of each; those that failed."""
         failures: list[Failure] = []
+        for first in range(0, len(changes), SLICE):
+            failures += self._slice(changes[first : first + SLICE])
+            # The kernel's messages about all this must not fill the monitor's buffer.
+            self._look.drain()
+        return failures
+
+    def _slice(self, changes: Sequence[Change]) -> list[Failure]:
+        failures: list[Failure] = []
         sent: list[Change] = []
         requests: list[Message] = []
         for change in changes:
@@ -63,28 +73,30 @@ class Writer:
                 sent.append(change)
                 requests.append(request)
             elif change.op == "put":
-                dev = change.record.dev  # type: ignore[union-attr]
+                dev = getattr(change.record, "dev", None)
                 failures.append(Failure(change, "ENODEV", f"{describe(change)}: there is no interface {dev}"))
             else:
                 self._look.mirror.know(change.record.key, None)
         try:
-            errors = self._netlink.batch(requests)
+            answers = self._netlink.batch(requests)
         except OSError as error:  # what became of each is unknown: look again
             self._look.invalidate()
             cause = errno.errorcode.get(error.errno or 0, "netlink")
-            return [Failure(change, cause, f"{describe(change)}: netlink: {error}") for change in changes]
-        know = self._look.mirror.know
-        for change, answer in zip(sent, errors, strict=True):
+            return failures + [Failure(change, cause, f"{describe(change)}: netlink: {error}") for change in sent]
+        for change, answer in zip(sent, answers, strict=True):
             blocked = answer is not None and _is_in_its_own_way(change, answer)
             refusal = self._remove_and_put(change, answer) if blocked else answer
             if refusal is None or (change.op == "remove" and refusal.errno in GONE):
-                record = change.record
-                know(record.key, record if change.op == "put" else None)
-                if change.op == "remove" and isinstance(record, Address):
-                    self._look.lost_address(record)
+                self._done(change)
             else:
                 failures.append(Failure(change, refusal.name, f"{describe(change)}: {refusal}{_remedy(refusal)}"))
         return failures
+
+    def _done(self, change: Change) -> None:
+        record = change.record
+        self._look.mirror.know(record.key, record if change.op == "put" else None)
+        if isinstance(record, Address):
+            self._look.own_address(record, there=change.op == "put")
 
     def _remove_and_put(self, change: Change, refusal: NetlinkError | None) -> NetlinkError | None:
         assert change.previous is not None

@@ -133,11 +133,15 @@ def test_foreign_state_is_left_out_and_left_alone(host: Host) -> None:
         # Inside our network, so it is visible; its protocol says that it is not ours.
         assert routes["10.5.9.0/24"] == Route("10.5.9.0/24", "eth0", "192.168.7.5")
         assert routes.keys() & {"172.30.0.0/16", "10.5.10.0/24", "192.168.0.0/16"} == set()
-    before = host.ip("route show table all"), host.ip("neigh show dev eth0"), host.bridge(f"fdb show dev {DEV}")
+    before = (
+        host.ip("route show table all"),
+        host.ip("neigh show dev eth0 nud permanent"),
+        host.bridge(f"fdb show dev {DEV}"),
+    )
     assert host.put(*HOST, *peer(1)) == []
     assert before == (
         host.ip("route show table all"),
-        host.ip("neigh show dev eth0"),
+        host.ip("neigh show dev eth0 nud permanent"),
         host.bridge(f"fdb show dev {DEV}"),
     )
 
