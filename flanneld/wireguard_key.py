@@ -65,7 +65,7 @@ def load_or_make(key_file: str | None, run_key: Path = RUN_KEY, kept_key: Path =
     paths = (Path(key_file),) if key_file else (run_key, kept_key)
     warnings: list[str] = []
     found = next((path for path in paths if _exists(path)), None)
-    private = _read(found) if found else b64encode(os.urandom(KEY_BYTES)).decode()
+    private = _read(found) if found else clamped(os.urandom(KEY_BYTES))
     public = public_key(private)  # before anything is written: a file that nobody can use helps nobody
     if found:
         warnings += _tighten(found)
@@ -82,6 +82,12 @@ def load_or_make(key_file: str | None, run_key: Path = RUN_KEY, kept_key: Path =
     if not written:
         raise KeyUnusable(f"the new WireGuard key cannot be kept: {'; '.join(warnings)}")
     return WireguardKey(private, public, written[0], made=found is None, warnings=tuple(warnings))
+
+
+def clamped(raw: bytes) -> str:
+    """The key as WireGuard itself keeps it (RFC 7748, section 5), in base64: what is read back is what was set."""
+    first, middle, last = raw[0] & 248, raw[1:31], raw[31] & 127 | 64
+    return b64encode(bytes([first, *middle, last])).decode()
 
 
 def public_key(private: str) -> str:
@@ -117,7 +123,7 @@ def _read(path: Path) -> str:
         raise KeyUnusable(
             f"{path} does not hold a WireGuard key (32 bytes in base64); restore it, or delete it to have a new one made"
         )
-    return b64encode(raw).decode()
+    return clamped(raw)
 
 
 def _read_or_none(path: Path) -> str | None:

@@ -37,6 +37,9 @@ ANSWER_SECONDS: Final = 10
 CHUNK: Final = 500
 """Peers in one request."""
 
+_LISTENING: Final = "00010000"
+"""__SO_ACCEPTCON, the kernel's flag in /proc/net/unix."""
+
 _NO_KEY: Final = "0" * 64
 _SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -170,10 +173,13 @@ def _lines(peers: Iterable[PeerWrite]) -> Iterator[str]:
 
 
 def _made_here(file_name: str) -> bool:
-    """Whether a listening socket of this file name was made in our network namespace."""
-    suffix = "/" + file_name
+    """Whether a listening socket of this file name was made in our network namespace.
+
+    Our ends of connections to other namespaces' sockets stand in the same table, but do not listen.
+    """
     with Path("/proc/thread-self/net/unix").open(encoding="utf-8", errors="replace") as table:
-        return any(line.rstrip("\n").endswith(suffix) for line in table)
+        rows = (line.split(maxsplit=7) for line in table)
+        return any(len(row) == 8 and row[3] == _LISTENING and Path(row[7].rstrip()).name == file_name for row in rows)
 
 
 def _connect(path: Path) -> socket.socket:
