@@ -36,7 +36,9 @@ class Connection:
         if mark is not None and mark != self._mark:
             self._mark = mark
             try:
-                self._api = Api(credentials(self._kubeconfig, self._api_url))
+                before, self._api = self._api, Api(credentials(self._kubeconfig, self._api_url))
+                # An open watch ends with it, and is opened again by the thread that reads it.
+                before.close()
                 _log.info("the kubeconfig has changed and is used", file=self._kubeconfig)
             except SetupError as error:
                 _log.warning("the changed kubeconfig is not used", error=str(error))
@@ -60,7 +62,16 @@ def credentials(kubeconfig: str, api_url: str, account: str = SERVICE_ACCOUNT) -
     """
     try:
         found = _found(kubeconfig, api_url, account)
-    except (ConfigError, OSError, KeyError, TypeError, ValueError, yaml.YAMLError, msgspec.MsgspecError) as error:
+    except (
+        ConfigError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        yaml.YAMLError,
+        msgspec.MsgspecError,
+    ) as error:
         where = f"--kubeconfig-file={kubeconfig}" if kubeconfig else f"the service account in {account}"
         raise SetupError(
             f"no Kubernetes credentials: {where} cannot be used ({type(error).__name__}: {error});"

@@ -208,6 +208,11 @@ class FakeKube:
     def url(self) -> str:
         return f"http://{self._address[0]}:{self._address[1]}"
 
+    @property
+    def access(self) -> dict[str, str]:
+        """What a KubeStore needs to reach this server."""
+        return {"api_url": self.url}
+
     def start(self) -> None:
         """Listen, on the same port as before."""
         self._server = _Server(self._address, self)
@@ -288,6 +293,17 @@ class FakeKube:
         stamp = {"type": "Ready", "status": "True", "lastHeartbeatTime": str(time.time_ns())}
         self.patch_node(name, {"status": {"conditions": [stamp]}})
 
+    def delete_node(self, name: str) -> None:
+        self.store.delete("nodes", "", name)
+
+    def add_pod(self, namespace: str, name: str, node: str, labels: dict[str, str]) -> None:
+        metadata = {"namespace": namespace, "name": name, "labels": labels}
+        self.store.create("pods", {"metadata": metadata, "spec": {"nodeName": node}})
+
+    def add_policy(self, namespace: str, name: str, selector: Object) -> None:
+        metadata = {"namespace": namespace, "name": name}
+        self.store.create("networkpolicies", {"metadata": metadata, "spec": {"podSelector": selector}})
+
     def events(self, reason: str = "") -> list[Object]:
         with self.store.moved:
             found = list(self.store.objects["events"].values())
@@ -356,6 +372,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
         fake = self.server.fake
+        # Read in any case: what is left of one request would be taken for the next.
+        self._raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             while fake.silent.is_set():
                 time.sleep(0.02)
@@ -479,7 +497,7 @@ class _Handler(BaseHTTPRequestHandler):
                 yield {"type": "BOOKMARK", "object": {**bookmark, "metadata": {"resourceVersion": str(now)}}}
 
     def _body(self) -> Any:
-        return json.loads(self.rfile.read(int(self.headers.get("Content-Length", "0"))))
+        return json.loads(self._raw)
 
     def _answer(self, code: int, body: Object) -> None:
         data = json.dumps(body).encode()
