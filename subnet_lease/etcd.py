@@ -196,6 +196,7 @@ class EtcdStore:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._connection.hurry()
         try:
             self._up.drop()
         except StoreError as error:

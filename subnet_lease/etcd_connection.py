@@ -112,12 +112,11 @@ class EtcdConnection:
     def call(self, what: str, function: Callable[[Any], Result]) -> Result:
         """Run ``function(client)``, on the next endpoint if one fails, after a new login if the old one expired."""
         failure: Exception | None = None
-        logins, refusals = 0, 0
+        expired, refusals = 0, 0
         while refusals < self._attempts:
             token = self._client.metadata
             try:
-                if self._login and logins == 0 and not self._has_token() and not self._login_useless:
-                    logins += 1
+                if self._login and not self._has_token() and not self._login_useless:
                     self._authenticate(token)
                 return function(self._client)
             except _SWITCH as error:
@@ -128,9 +127,8 @@ class EtcdConnection:
                 self._forgive()
                 failure = failure or error
             except grpc.RpcError as error:
-                if self._login and logins < 2 and _login_expired(error):
-                    logins += 1
-                    failure = error
+                if self._login and expired < 2 and _login_expired(error):
+                    expired += 1
                     self._forget_token(token)
                     continue
                 raise self._translate(what, error) from None
@@ -168,6 +166,11 @@ class EtcdConnection:
             self._forget_token(self._client.metadata)
             return self._denied("watch", reason)
         return StoreUnavailable(f"etcd cancelled the watch: {_short(reason) or 'no reason given'}")
+
+    def hurry(self) -> None:
+        """From now on one short attempt for each call: we are about to close."""
+        self._client.timeout = 1.0
+        self._attempts = 1
 
     def close(self) -> None:
         self._closed = True

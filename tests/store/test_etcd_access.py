@@ -1,0 +1,361 @@
+"""Getting to etcd: endpoints and failover, TLS, login; and what is said when that fails."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from flanneld.lab.etcd import Etcd, free_port
+from flanneld.lab.wait import wait_until
+from subnet_lease.etcd import EtcdStore
+from subnet_lease.store import AccessDenied, LeaseLost, SetupError, StoreUnavailable
+from tests.store.conftest import MakeNetwork, Network, request_of
+
+CONFIG = '{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'
+PASSWORD = "correct horse battery staple"
+
+
+# -- three members ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def members() -> Iterator[list[Etcd]]:
+    """Three etcd servers that form one cluster."""
+    servers = [Etcd(start=False) for _ in range(3)]
+    try:
+        cluster = ",".join(f"m{number}={server.peer_url}" for number, server in enumerate(servers))
+        for number, server in enumerate(servers):
+            server.extra = (
+                f"--name=m{number}", f"--initial-cluster={cluster}", f"--initial-cluster-token={servers[0].port}",
+                "--heartbeat-interval=50", "--election-timeout=500",
+            )  # fmt: skip
+        starts = [threading.Thread(target=server.start) for server in servers]
+        for start in starts:
+            start.start()
+        for start in starts:
+            start.join()
+        yield servers
+    finally:
+        for server in servers:
+            server.close()
+
+
+@pytest.mark.field_problem(14)
+def test_one_of_three_members_killed(members: list[Etcd], on: MakeNetwork) -> None:
+    network = on(members[0])
+    network.configure()
+    store = network.store(endpoints=[member.endpoint for member in members])
+    config = store.read_config()
+    lease = store.acquire(config, request_of("a", "192.168.64.3"))
+    follower = network.follow(store)
+    wait_until(lambda: follower.keys == {lease.key})
+    for number in (0, 1):
+        # Whichever member is in use, it is among those killed.
+        members[number].stop()
+        other = members[2]
+        joined = wait_until(
+            lambda: _try(network.store(endpoints=[other.endpoint]), f"b{number}", f"192.168.64.{10 + number}"),  # noqa: B023
+            timeout=30,
+        )
+        wait_until(lambda: joined in follower.keys, timeout=30)  # noqa: B023
+        wait_until(lambda: _renewed(store, lease), timeout=30)
+        members[number].start()
+    assert follower.error is None
+
+
+def _try(store: EtcdStore, name: str, ip: str) -> str | None:
+    try:
+        return store.acquire(store.read_config(), request_of(name, ip)).key
+    except StoreUnavailable:
+        return None
+
+
+def _renewed(store: EtcdStore, lease: object) -> bool:
+    try:
+        return store.renew(lease) > 0  # type: ignore[arg-type]
+    except StoreUnavailable:
+        return False
+
+
+@pytest.mark.field_problem(14)
+def test_a_member_without_its_cluster_is_left(members: list[Etcd], on: MakeNetwork) -> None:
+    """Two of three are gone: the last has the data, but may not be believed."""
+    network = on(members[0])
+    network.configure()
+    store = network.store(endpoints=[members[2].endpoint])
+    follower = network.follow(store)
+    wait_until(lambda: follower.snapshots)
+    members[0].stop()
+    members[1].stop()
+    wait_until(lambda: store.status.last_error, timeout=30)
+    with pytest.raises(StoreUnavailable):
+        store.read_config()
+    assert len(follower.snapshots) == 1
+
+
+def test_an_endpoint_that_nobody_listens_on_is_passed_over(network: Network) -> None:
+    store = network.store(endpoints=[f"http://127.0.0.1:{free_port()}", network.etcd.endpoint])
+    for _ in range(3):
+        store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+
+
+def test_nobody_answers(network: Network) -> None:
+    endpoints = [f"http://127.0.0.1:{free_port()}", f"http://[::1]:{free_port()}"]
+    with pytest.raises(StoreUnavailable) as failure:
+        network.store(endpoints=endpoints).read_config()
+    assert all(endpoint in str(failure.value) for endpoint in endpoints)
+
+
+# -- TLS -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """File names: an authority, a server certificate for 127.0.0.1, a client certificate, and a foreign authority."""
+
+    ca: str
+    server: str
+    server_key: str
+    client: str
+    client_key: str
+    other_ca: str
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    directory = tmp_path_factory.mktemp("pki")
+
+    def openssl(*words: str) -> None:
+        subprocess.run(["openssl", *words], check=True, cwd=directory, capture_output=True)
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for authority in ("ca", "other-ca"):
+        openssl("req", "-x509", *curve, "-keyout", f"{authority}.key", "-out", f"{authority}.pem",
+                "-subj", f"/CN={authority}", "-days", "2")  # fmt: skip
+    (directory / "san").write_text("subjectAltName=IP:127.0.0.1\n")
+    for name in ("server", "client"):
+        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+                "-out", f"{name}.pem", "-days", "2", "-extfile", "san")  # fmt: skip
+    names = ("ca.pem", "server.pem", "server.key", "client.pem", "client.key", "other-ca.pem")
+    return Certificates(*(str(directory / name) for name in names))
+
+
+@pytest.fixture(scope="module")
+def tls_etcd(certificates: Certificates) -> Iterator[Etcd]:
+    """Wants no client certificate."""
+    extra = (f"--cert-file={certificates.server}", f"--key-file={certificates.server_key}")
+    with Etcd(scheme="https", extra=extra, client=(f"--cacert={certificates.ca}",)) as etcd:
+        yield etcd
+
+
+@pytest.fixture(scope="module")
+def mutual_tls_etcd(certificates: Certificates) -> Iterator[Etcd]:
+    """Lets nobody in without a client certificate."""
+    c = certificates
+    extra = (
+        f"--cert-file={c.server}",
+        f"--key-file={c.server_key}",
+        "--client-cert-auth",
+        f"--trusted-ca-file={c.ca}",
+    )
+    client = (f"--cacert={c.ca}", f"--cert={c.client}", f"--key={c.client_key}")
+    with Etcd(scheme="https", extra=extra, client=client) as etcd:
+        yield etcd
+
+
+def test_tls_with_the_authority_alone(tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork) -> None:
+    network = on(tls_etcd)
+    network.configure()
+    store = network.store(cafile=certificates.ca)
+    lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    follower = network.follow(store)
+    wait_until(lambda: follower.keys == {lease.key})
+
+
+def test_tls_with_a_client_certificate(mutual_tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork) -> None:
+    network = on(mutual_tls_etcd)
+    network.configure()
+    store = network.store(cafile=certificates.ca, certfile=certificates.client, keyfile=certificates.client_key)
+    lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    follower = network.follow(store)
+    wait_until(lambda: follower.keys == {lease.key})
+    with pytest.raises(StoreUnavailable):
+        network.store(cafile=certificates.ca).read_config()
+
+
+def test_tls_refuses_a_server_of_another_authority(tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork) -> None:
+    with pytest.raises(StoreUnavailable, match="certificate") as failure:
+        on(tls_etcd).store(cafile=certificates.other_ca).read_config()
+    assert tls_etcd.endpoint in str(failure.value)
+
+
+def test_plain_text_to_a_tls_port(tls_etcd: Etcd, on: MakeNetwork) -> None:
+    with pytest.raises(StoreUnavailable):
+        on(tls_etcd).store(endpoints=[tls_etcd.endpoint.replace("https", "http")]).read_config()
+
+
+# -- login -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def login_etcd() -> Iterator[Etcd]:
+    """Asks for a login; "flannel" may use /granted only. Tokens live two seconds after their last use."""
+    with Etcd(extra=("--auth-token-ttl=2",)) as etcd:
+        ctl = etcd.ctl
+        ctl("user", "add", "root:rootpw")
+        ctl("user", "grant-role", "root", "root")
+        ctl("role", "add", "flannel")
+        ctl("role", "grant-permission", "flannel", "--prefix=true", "readwrite", "/granted/")
+        ctl("user", "add", f"flannel:{PASSWORD}")
+        ctl("user", "grant-role", "flannel", "flannel")
+        ctl("auth", "enable")
+        etcd.client = ("--user=root:rootpw",)
+        ctl("put", "/granted/network/config", CONFIG)
+        ctl("put", "/other/network/config", CONFIG)
+        yield etcd
+        ctl("auth", "disable")
+
+
+def open_store(etcd: Etcd, prefix: str = "/granted/network", password: str = PASSWORD) -> EtcdStore:
+    return EtcdStore([etcd.endpoint], prefix, username="flannel", password=password)
+
+
+def test_login_and_a_new_one_when_it_expires(login_etcd: Etcd) -> None:
+    store = open_store(login_etcd)
+    try:
+        lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+        token = store._connection._client.metadata
+        # etcd forgets every login when permissions change or it restarts; a token also expires by itself.
+        login_etcd.stop()
+        login_etcd.start()
+        wait_until(lambda: _renewed(store, lease))
+        assert store._connection._client.metadata != token
+        snapshots = store.watch()
+        assert set(next(snapshots).leases) == {lease.key}
+        snapshots.close()
+        store.release(lease)
+        with pytest.raises(LeaseLost):
+            store.renew(lease)
+    finally:
+        store.close()
+
+
+def test_the_watch_survives_a_lost_login(login_etcd: Etcd) -> None:
+    network = Network(login_etcd, "/granted/network")
+    try:
+        store = network.store(username="flannel", password=PASSWORD)
+        follower = network.follow(store)
+        wait_until(lambda: follower.snapshots)
+        login_etcd.stop()
+        login_etcd.start()
+        login_etcd.ctl("put", network.key("10.5.9.0-24"), '{"PublicIP":"192.168.64.9"}')
+        wait_until(lambda: "10.5.9.0-24" in follower.keys, timeout=30)
+        login_etcd.ctl("del", network.key("10.5.9.0-24"))
+        wait_until(lambda: "10.5.9.0-24" not in follower.keys, timeout=30)
+    finally:
+        network.close()
+
+
+def test_wrong_password(login_etcd: Etcd) -> None:
+    store = open_store(login_etcd, password="guess-me-not")
+    with capture_logs() as lines, pytest.raises(AccessDenied) as denied:
+        store.read_config()
+    store.close()
+    assert "'flannel'" in str(denied.value)
+    assert "--etcd-username" in str(denied.value)
+    for text in (str(denied.value), repr(denied.value), repr(lines), repr(store._connection)):
+        assert "guess-me-not" not in text
+
+
+def test_no_permission_on_the_prefix(login_etcd: Etcd) -> None:
+    network = Network(login_etcd, "/other/network")
+    try:
+        store = network.store(username="flannel", password=PASSWORD)
+        with pytest.raises(AccessDenied) as denied:
+            store.read_config()
+        assert "'flannel'" in str(denied.value)
+        assert "/other/network" in str(denied.value)
+        assert "grant-permission" in str(denied.value)
+        follower = network.follow(store)
+        wait_until(lambda: store.status.errors.get("access_denied", 0) >= 2)
+        assert follower.snapshots == []
+        # An operator mends it while we wait.
+        login_etcd.ctl("role", "grant-permission", "flannel", "--prefix=true", "readwrite", "/other/")
+        wait_until(lambda: follower.snapshots, timeout=30)
+        login_etcd.ctl("role", "revoke-permission", "flannel", "--prefix=true", "/other/")
+    finally:
+        network.close()
+
+
+def test_no_login_where_one_is_asked_for(login_etcd: Etcd) -> None:
+    store = EtcdStore([login_etcd.endpoint], "/granted/network")
+    with pytest.raises(AccessDenied, match="--etcd-username"):
+        store.read_config()
+    store.close()
+
+
+def test_a_login_where_none_is_asked_for(network: Network) -> None:
+    assert network.store(username="flannel", password=PASSWORD).read_config().subnet_len == 24
+
+
+# -- what cannot heal ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["10.0.0.1:2379", "http://", "ftp://a:1", "http://a:99999", "http://a:b", "http://a/path", "http://u:p@a"],
+)
+def test_malformed_endpoint(endpoint: str) -> None:
+    with pytest.raises(SetupError) as error:
+        EtcdStore([endpoint])
+    assert repr(endpoint) in str(error.value)
+    assert "http://10.0.0.1:2379" in str(error.value)
+
+
+def test_no_endpoint_half_a_login_and_a_bad_margin() -> None:
+    with pytest.raises(SetupError, match="--etcd-endpoints"):
+        EtcdStore([])
+    with pytest.raises(SetupError, match="--etcd-password"):
+        EtcdStore(["http://a:1"], username="flannel")
+    with pytest.raises(SetupError, match="1 to 1439"):
+        EtcdStore(["http://a:1"], renew_margin_minutes=1440)
+
+
+def test_tls_files_that_are_missing_or_wrong(certificates: Certificates, tmp_path: Path) -> None:
+    missing, garbage = str(tmp_path / "missing.pem"), tmp_path / "garbage.pem"
+    garbage.write_text("no certificate")
+    c = certificates
+    for files, named in (
+        ({"cafile": missing}, missing),
+        ({"cafile": str(garbage)}, str(garbage)),
+        ({"certfile": c.client}, "--etcd-keyfile"),
+        ({"certfile": c.client, "keyfile": missing}, missing),
+        ({"certfile": c.client, "keyfile": c.server_key}, c.server_key),
+        ({"certfile": str(garbage), "keyfile": c.client_key}, str(garbage)),
+    ):
+        with pytest.raises(SetupError) as error:
+            EtcdStore(["https://127.0.0.1:1"], **files)
+        assert named in str(error.value)
+
+
+def test_closing_does_not_wait_for_an_etcd_that_is_gone(own_network: Network) -> None:
+    store = own_network.store()
+    store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    follower = own_network.follow(store)
+    wait_until(lambda: follower.snapshots)
+    assert own_network.etcd.process is not None
+    own_network.etcd.process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    store.close()
+    follower.join()
+    assert time.monotonic() - started < 4
+    own_network.etcd.process.send_signal(signal.SIGCONT)
