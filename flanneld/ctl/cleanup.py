@@ -43,10 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
                 "flanneld runs on this host and would put everything back",
                 "stop it first (systemctl stop flanneld), or use --force",
             )
-    from flanneld.cleanup import cleanup
+    from flanneld.cleanup import CleanupError, cleanup
     from flanneld.wanted import describe
 
-    changes = cleanup(options_of(arguments))
+    try:
+        changes = cleanup(options_of(arguments))
+    except CleanupError as error:
+        raise Problem(f"something stays: {error}", "run it again; what was removed is gone already") from None
     lines = [describe(change.record) for change in changes]
     if arguments.json:
         put_json(lines)

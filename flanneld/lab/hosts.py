@@ -198,6 +198,23 @@ class Host:
         """Run a command in the host's namespace; its output."""
         return self.ns.run(command, **options)
 
+    def ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run flannelctl here, told by the environment of the lab's etcd and of this host's daemon; never raises."""
+        environment = {"NODE_NAME": self.name}
+        if self.lab.has_etcd:
+            environment["FLANNELD_ETCD_ENDPOINTS"] = self.lab.etcd.endpoint
+        if self.daemons:
+            environment["FLANNELD_SUBNET_FILE"] = str(self.daemon.subnet_file)
+            environment["FLANNELD_HEALTHZ_PORT"] = str(self.daemon.healthz_port)
+        return subprocess.run(
+            self.ns.argv([sys.executable, "-m", "flanneld.ctl.cli", *words]),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, **environment},
+        )
+
     def ping(self, target: str, **options: Any) -> PingResult:
         return ping(self.ns, target, **options)
 

@@ -1,0 +1,65 @@
+"""What this host's kernel has otherwise than its daemon wants it: the daemon's own plan, made but not applied."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from ipaddress import ip_network
+from typing import Any
+
+from backends.kernel_state import Change, Firewall, Kind, Record, Scope, Sysctl
+from flanneld.ctl.node import ask
+from flanneld.ctl.output import Problem
+from flanneld.dataplane.assemble import make_dataplane
+from flanneld.ownership import ownership
+from flanneld.plan import plan
+from flanneld.record_json import from_json, without_secrets
+from flanneld.wanted import describe
+
+UNSEEN = frozenset({Kind.TUNNEL_PEER, Kind.HOOK})
+"""Only the daemon itself can look at these: its tunnel's table, and commands that were run."""
+
+
+def find_drift(arguments: argparse.Namespace, status: dict[str, Any]) -> list[str]:
+    """One line for each difference: ``+`` is missing, ``~`` is otherwise, ``-`` is ours and left over."""
+    if os.geteuid() != 0:
+        raise Problem("--diff needs root: it reads firewall rules and forwarding entries", "run it with sudo")
+    if not status.get("running"):
+        raise Problem("flanneld does not run here, so nobody knows what should be", "start it, then look again")
+    try:
+        wanted = ask(arguments, "/status/desired")
+        desired = [from_json(value) for value in wanted["records"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(
+            f"the daemon does not say what it wants: {error}",
+            "give its --healthz-port; daemon and flannelctl must be of one version",
+        ) from None
+    if not desired:
+        raise Problem("the daemon does not know yet what should be", "see why: flannelctl status")
+    scope = Scope(
+        devices=frozenset(wanted["devices"]),
+        networks=tuple(wanted["networks"]),
+        instance=wanted["instance"],
+        firewall=tuple(record for record in desired if isinstance(record, Firewall)),
+        sysctls=tuple(record.path for record in desired if isinstance(record, Sysctl)),
+    )
+    return [line(change) for change in differences(desired, scope)]
+
+
+def differences(desired: list[Record], scope: Scope) -> list[Change]:
+    """The plan from this host's kernel to the desired records."""
+    dataplane = make_dataplane()
+    try:
+        observation = dataplane.observe(scope)
+        observed = {key: without_secrets(record) for key, record in observation.state.items() if key[0] not in UNSEEN}
+    finally:
+        dataplane.close()
+    owned = ownership(observation.interfaces, [ip_network(text) for text in scope.networks], scope.devices)
+    return plan({r.key: r for r in desired if r.key[0] not in UNSEEN}, observed, owned)
+
+
+def line(change: Change) -> str:
+    sign = "-" if change.op == "remove" else "+" if change.previous is None else "~"
+    kind = Kind(int(change.record.key[0] or 0)).name.lower()
+    was = f" (is: {describe(change.previous)})" if sign == "~" and change.previous is not None else ""
+    return f"{sign} {kind} {describe(change.record)}{was}"

@@ -1,0 +1,137 @@
+"""flannelctl on a node: status, the plan that is not applied, doctor, cleanup."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from ipaddress import IPv4Network
+
+import pytest
+
+from backends.kernel_state import Firewall, Scope, Sysctl
+from flanneld.ctl.drift import differences, line
+from flanneld.lab.faults import peers_in_kernel
+from flanneld.lab.hosts import Host, Lab
+from flanneld.record_json import from_json
+
+
+def everything(host: Host) -> str:
+    """Links, addresses, routes, rules and firewall of a host, without what only counts or numbers."""
+    firewall = [host.run(f"{tool}-save", check=False) for tool in ("iptables", "ip6tables")]
+    text = "\n".join(
+        [
+            host.run("ip -o link"),
+            host.run("ip -o addr"),
+            host.run("ip route show table all"),
+            host.run("ip -6 route show table all"),
+            host.run("ip rule"),
+            host.run("nft list ruleset", check=False),
+            "\n".join(line for dump in firewall for line in dump.splitlines() if not line.startswith("#")),
+        ]
+    )
+    return re.sub(r"\[\d+:\d+\]|\d+: |expires \d+sec|valid_lft \w+|preferred_lft \w+", "", text)
+
+
+def test_status_tells_people_and_programs_how_the_node_fares(lab: Lab) -> None:
+    lab.start_daemons()
+    lab.wait_peers()
+    host = lab.hosts[0]
+    shown = host.ctl("status")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    subnet = str(IPv4Network(host.daemon.subnet_env()["FLANNEL_SUBNET"], strict=False))
+    lines = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
+    assert lines["flanneld"] == "ready"
+    assert lines["node"] == "h1"
+    assert lines["subnet"] == subnet
+    assert lines["underlay"] == f"eth0 {host.address}"
+    assert lines["backend"].startswith("vxlan, flannel.1, ")
+    assert lines["peers"] == "2"
+    whole = json.loads(host.ctl("status", "--json").stdout)
+    assert whole["ready"] is True and whole["running"] is True and whole["subnet"] == subnet
+    host.daemon.stop()
+    after = host.ctl("status")
+    assert after.returncode == 1
+    assert "not running" in after.stdout and subnet in after.stdout
+    stranger = host.ctl("status", "--subnet-file=/nonexistent/subnet.env", "--healthz-port=1")
+    assert stranger.returncode == 1 and "no flanneld is known on this host" in stranger.stderr
+
+
+def test_diff_is_the_plan_not_applied(lab: Lab) -> None:
+    lab.start_daemons("--ip-masq")
+    lab.wait_peers()
+    host = lab.hosts[0]
+    shown = host.ctl("status", "--diff")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "kernel    as it should be" in shown.stdout
+    wanted = host.daemon.get("/status/desired").json()
+    desired = [from_json(value) for value in wanted["records"]]
+    scope = Scope(
+        frozenset(wanted["devices"]),
+        tuple(wanted["networks"]),
+        wanted["instance"],
+        tuple(r for r in desired if isinstance(r, Firewall)),
+        tuple(r.path for r in desired if isinstance(r, Sysctl)),
+    )
+    host.daemon.stop()  # else it would repair what is broken now
+    peer, other = peers_in_kernel(host)[:2]
+    host.run(f"ip route del {peer.subnet} dev flannel.1")
+    host.run(f"ip neigh replace {other.vtep} lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent")
+    host.run("ip route add 10.5.250.0/24 dev flannel.1")
+    with host.ns.inside():
+        found = sorted(line(change) for change in differences(desired, scope))
+    assert len(found) == 3, found
+    assert found[0].startswith("+ route ") and f"dst={peer.subnet}" in found[0]
+    assert found[1].startswith("- route ") and "dst=10.5.250.0/24" in found[1]
+    assert found[2].startswith("~ neighbour ") and "02:00:00:00:00:99" in found[2]
+    assert host.ctl("status", "--diff").returncode == 1
+
+
+@pytest.mark.field_problem(46)
+def test_doctor_tells_a_dead_tunnel_from_a_dead_host(lab: Lab) -> None:
+    lab.start_daemons()
+    lab.wait_peers()
+    here, firewalled, dead = lab.hosts
+    healthy = here.ctl("doctor")
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    firewalled.run(
+        "nft -f -",
+        stdin="table ip wall { chain in { type filter hook input priority 0; udp dport 8472 drop; }; }",
+    )
+    dead.run("ip link set eth0 down")
+    sick = here.ctl("doctor")
+    assert sick.returncode == 1
+    verdicts = {row.split()[0]: row for row in sick.stdout.splitlines()[1:]}
+    assert "underlay good, UDP 8472 dead to h2" in verdicts["h2"]
+    assert "underlay dead" in verdicts["h3"]
+    assert [entry["overlay"] for entry in json.loads(here.ctl("doctor", "--json").stdout)] == [False, False]
+
+
+@pytest.mark.field_problem(42)
+@pytest.mark.parametrize("nftables", [False, True], ids=["iptables", "nftables"])
+def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], nftables: bool) -> None:
+    lab = make_lab(2)
+    lab.set_config({"Network": "10.5.0.0/16", "EnableNFTables": nftables})
+    host = lab.hosts[0]
+    host.run("ip route add 10.99.0.0/16 via 172.30.0.1")
+    if not nftables:
+        # iptables leaves its built-in chains behind, empty, once anybody has used them; so they are used before.
+        for tool in ("iptables", "ip6tables"):
+            for table, chain in (("nat", "POSTROUTING"), ("filter", "FORWARD")):
+                host.run(f"{tool} -t {table} -A {chain} -j RETURN")
+                host.run(f"{tool} -t {table} -D {chain} -j RETURN")
+    before = everything(host)
+    lab.start_daemons("--ip-masq", "--ip-blackhole-route")
+    lab.wait_peers()
+    assert everything(host) != before
+    refused = host.ctl("cleanup")
+    assert refused.returncode == 1 and "flanneld runs on this host" in refused.stderr
+    host.daemon.stop()
+    assert everything(host) != before, "stopping must leave the overlay"
+    done = host.ctl("cleanup")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "removed" in done.stdout
+    assert everything(host) == before
+    assert not list(host.daemon.run_dir.iterdir())
+    again = host.ctl("cleanup")
+    assert (again.returncode, again.stdout) == (0, "nothing of flanneld is on this host\n")

@@ -1,0 +1,146 @@
+"""flannelctl's pure parts: what is shown, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+from base64 import b64encode
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from pathlib import Path
+
+import pytest
+
+from flanneld.ctl import cli, doctor
+from flanneld.ctl.config import contradictions, understood
+from flanneld.ctl.leases import changes, order, row
+from flanneld.ctl.node import read_status
+from flanneld.ctl.output import Problem, duration
+from flanneld.ctl.reserve import parse_subnets
+from flanneld.ctl.status import facts
+from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
+
+CONFIG = understood('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "Port": 4789}}', "test")
+
+
+def lease(third: int, name: str = "") -> Lease:
+    attrs = LeaseAttrs(
+        IPv4Address(f"192.0.2.{third}"),
+        backend_type="vxlan",
+        backend_data={"VNI": 1, "VtepMAC": f"02:00:00:00:00:{third:02x}"},
+        node=NodeIdentity(name) if name else None,
+    )
+    return Lease(IPv4Network(f"10.5.{third}.0/24"), None, attrs)
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.build_parser()
+    actions = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    wanted = {
+        "config",
+        "leases",
+        "reserve",
+        "release",
+        "status",
+        "doctor",
+        "cleanup",
+        "demo",
+        "docker-opts",
+        "cni-conf",
+    }
+    assert wanted == set(actions.choices)
+    for name in wanted:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code == 0
+        assert f"flannelctl {name}" in capsys.readouterr().out
+
+
+def test_leases_are_ordered_by_number() -> None:
+    assert [x.key for x in sorted([lease(10), lease(9)], key=order)] == ["10.5.9.0-24", "10.5.10.0-24"]
+
+
+def test_a_row_says_what_is_known() -> None:
+    assert row(lease(7, "web"), 5025.0) == (
+        "10.5.7.0/24", "web", "192.0.2.7", "vxlan", "02:00:00:00:00:07", "in 1h 23m"
+    )  # fmt: skip
+    bare = Lease(None, IPv6Network("fc00:0:0:7::/64"), LeaseAttrs(), reservation=True)
+    assert row(bare, None) == ("fc00:0:0:7::/64", "-", "-", "-", "-", "reservation")
+
+
+def test_changes_between_snapshots() -> None:
+    one, two, other = lease(1), lease(2), lease(2, "renamed")
+    assert changes({}, {"1": one}) == [("added", one)]
+    assert changes({"1": one, "2": two}, {"2": other}) == [("removed", one), ("changed", other)]
+    assert changes({"1": one}, {"1": lease(1)}) == []
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (61, "1m 1s"), (86400, "24h 0m")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("10.5.7.0/24", (IPv4Network("10.5.7.0/24"), None)),
+        ("10.5.7.0-24", (IPv4Network("10.5.7.0/24"), None)),
+        ("fc00:0:0:7::/64", (None, IPv6Network("fc00:0:0:7::/64"))),
+        ("10.5.7.0/24, fc00:0:0:7::/64", (IPv4Network("10.5.7.0/24"), IPv6Network("fc00:0:0:7::/64"))),
+        ("10.5.7.0-24&fc00:0:0:7::-64", (IPv4Network("10.5.7.0/24"), IPv6Network("fc00:0:0:7::/64"))),
+    ],
+)
+def test_subnets_in_either_spelling(text: str, key: tuple[object, object]) -> None:
+    assert parse_subnets(text) == key
+
+
+@pytest.mark.parametrize("text", ["", "10.5.7.1/24", "10.5.7.0/24,10.5.8.0/24", "web", "10.5.7.0/x"])
+def test_what_is_no_subnet_is_wrong_usage(text: str) -> None:
+    with pytest.raises(Problem) as problem:
+        parse_subnets(text)
+    assert problem.value.code == 2 and problem.value.remedy
+
+
+def test_few_contradictions_are_named_and_many_counted() -> None:
+    elsewhere = understood('{"Network": "10.9.0.0/16", "Backend": {"Type": "host-gw"}}', "test")
+    outside, backend = contradictions(elsewhere, [lease(n) for n in range(1, 6)])
+    assert outside.startswith("5 lease(s) such as 10.5.1.0/24, 10.5.2.0/24, 10.5.3.0/24 lie outside")
+    assert "another backend than host-gw" in backend
+    assert contradictions(CONFIG, [lease(1)]) == []
+
+
+@pytest.mark.field_problem(46)
+@pytest.mark.parametrize(
+    ("alive", "good", "words"),
+    [
+        ({"192.0.2.7", "10.5.7.0"}, True, "good"),
+        ({"10.5.7.0"}, True, "does not answer pings"),
+        ({"192.0.2.7"}, False, "underlay good, UDP 4789 dead to web"),
+        (set(), False, "underlay dead: 192.0.2.7 does not answer"),
+    ],
+)
+def test_the_doctor_says_where_the_path_ends(alive: set[str], good: bool, words: str) -> None:
+    finding = doctor.examine(lease(7, "web"), CONFIG, alive.__contains__)
+    assert finding.good is good
+    assert words in finding.verdict
+
+
+def test_facts_leave_out_what_is_unknown() -> None:
+    assert facts({"node": "h1", "subnet": None, "peers": 0, "last_pass": {}, "store_errors": {}}) == [
+        ("node", "h1"), ("peers", "0")
+    ]  # fmt: skip
+
+
+def test_status_without_a_daemon_says_where_it_looked(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(healthz_ip="127.0.0.1", healthz_port=1, subnet_file=str(tmp_path / "subnet.env"))
+    with pytest.raises(Problem, match=r"no flanneld is known on this host: http://127\.0\.0\.1:1/status"):
+        read_status(arguments)
+    (tmp_path / "flanneld-status.json").write_text('{"pid": null, "ready": true, "subnet": "10.5.7.0/24"}')
+    status = read_status(arguments)
+    assert status["running"] is False and status["subnet"] == "10.5.7.0/24"
+
+
+def test_a_secret_is_not_printed_by_the_summary() -> None:
+    from flanneld.ctl.config import summary
+
+    secret = b64encode(b"s" * 32).decode()
+    config = understood(f'{{"Network": "10.5.0.0/16", "Backend": {{"Type": "wireguard", "PSK": "{secret}"}}}}', "test")
+    assert secret not in summary(config)
