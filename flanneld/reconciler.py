@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from backends.kernel_state import Change, Failure, KernelState, Key, Observation, Scope
+from backends.kernel_state import Change, Failure, KernelState, Key, Kind, Observation, Scope
 from flanneld.plan import Owned, dependencies, plan
 
 
@@ -199,7 +199,10 @@ class Reconciler:
         if progress.dirty is None or observed.changed is None or wanted.changed is None:
             return None
         keys = progress.dirty | observed.changed | wanted.changed
-        return keys | progress.failed if now >= progress.retry_at else keys
+        # A device that came or went is often why something failed a moment ago.
+        if now >= progress.retry_at or any(key[0] == Kind.LINK for key in keys):
+            keys |= progress.failed
+        return keys
 
     def _apply(self, changes: Sequence[Change]) -> tuple[list[Failure], set[Key]]:
         """Apply kind by kind, skipping what depends on a failure."""
