@@ -1,12 +1,15 @@
-"""An old address on the delegate's bridge, left from another subnet, makes the delegate refuse every ADD.
+"""Two states of the delegate's bridge in which it refuses every ADD, put right before it is asked.
 
-On a bridge without ports nobody can be using it, so it goes, and the delegate sets the right one.
+An address left from another subnet: on a bridge without ports nobody can be using it, so it goes, and the delegate
+sets the right one. A MAC of zeros, which a bridge has whose last port left before the delegate came to fixing its MAC
+(its first ADD failed half-way): the delegate would write the zeros back, and the kernel refuses them.
 """
 
 from __future__ import annotations
 
 import _socket
 import os
+import sys
 from errno import EADDRNOTAVAIL, ENODEV
 from fcntl import ioctl
 
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
     from cni.subnet_env import SubnetEnv
 
 DEFAULT_NAME = "cni0"
-_SIOCGIFADDR = 0x8915
+_SIOCGIFADDR, _SIOCGIFHWADDR, _SIOCSIFHWADDR = 0x8915, 0x8927, 0x8924
+_ARPHRD_ETHER = 1
 _LINK_LOCAL_SCOPE = "20"
 
 
@@ -28,7 +32,7 @@ def make_room(name: str, env: SubnetEnv, *, force: bool = False) -> None:
     CniError, in the delegate's words and with the remedy, where containers still hang on it. ``force``: the delegate
     was told to replace addresses itself (forceAddress).
     """
-    if force or not _looks_stale(name, env):
+    if not _has_mac(name) or force or not _looks_stale(name, env):
         return
     from cni.rtnetlink import SCOPE_LINK, Rtnetlink
 
@@ -71,11 +75,23 @@ def _refuse(name: str, stale: list[Cidr], ports: list[str], wanted: list[Cidr]) 
     )
 
 
+def _has_mac(name: str) -> bool:
+    """Whether there is such a bridge; one without a MAC gets one, random and locally administered."""
+    found = _interface_ioctl(_SIOCGIFHWADDR, name)
+    if found is None:
+        return False
+    if found[18:24] == bytes(6):
+        drawn = os.urandom(6)
+        mac = bytes([drawn[0] & 0xFE | 0x02]) + drawn[1:]
+        _interface_ioctl(_SIOCSIFHWADDR, name, _ARPHRD_ETHER.to_bytes(2, sys.byteorder) + mac)
+    return True
+
+
 def _looks_stale(name: str, env: SubnetEnv) -> bool:
     """The quick look that every ADD takes: is the bridge's address another than the subnet's first?"""
     if env.subnet is not None:
-        address = _ipv4_address(name)
-        if address is not None and address != env.subnet.first_host.packed:
+        answer = _interface_ioctl(_SIOCGIFADDR, name)
+        if answer is not None and answer[20:24] != env.subnet.first_host.packed:
             return True
     if env.ipv6_subnet is not None:
         wanted = env.ipv6_subnet.first_host.packed.hex()
@@ -83,17 +99,17 @@ def _looks_stale(name: str, env: SubnetEnv) -> bool:
     return False
 
 
-def _ipv4_address(name: str) -> bytes | None:
+def _interface_ioctl(request: int, name: str, value: bytes = b"") -> bytes | None:
+    """struct ifreq back, see netdevice(7); None where there is no such interface, or nothing to tell."""
     probe = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC, 0)
     try:
-        answer = ioctl(probe.fileno(), _SIOCGIFADDR, name.encode()[:15].ljust(40, b"\0"))
+        return ioctl(probe.fileno(), request, name.encode()[:15].ljust(16, b"\0") + value.ljust(24, b"\0"))
     except OSError as error:
         if error.errno in (ENODEV, EADDRNOTAVAIL):
             return None
         raise
     finally:
         probe.close()
-    return bytes(answer[20:24])
 
 
 def _ipv6_addresses(name: str) -> list[str]:

@@ -52,10 +52,7 @@ def add(request: Request) -> bytes:
     env = readiness.wait_for_subnet(conf.subnet_file, conf.wait_seconds)
     made = delegate_conf(conf, env)
     delegate.find(made["type"], request.environment.get("CNI_PATH", ""))
-    if made["type"] == "bridge" and (made.get("isGateway") or made.get("isDefaultGateway")):
-        from cni import bridge
-
-        bridge.make_room(str(made.get("bridge") or bridge.DEFAULT_NAME), env, force=bool(made.get("forceAddress")))
+    _prepare_bridge(made, env)
     stored = attachments.save(conf.data_dir, request.container, request.ifname, request.netns, made)
     try:
         return delegate.run("ADD", made, request.environment, meanwhile=lambda: os.fsync(stored))
@@ -67,9 +64,17 @@ def add(request: Request) -> bytes:
         if not dead.free_some(request, made):
             raise
         _undo(request, made)
+        _prepare_bridge(made, env)
         return delegate.run("ADD", made, request.environment)
     finally:
         os.close(stored)
+
+
+def _prepare_bridge(made: dict[str, Any], env: SubnetEnv) -> None:
+    if made["type"] == "bridge" and (made.get("isGateway") or made.get("isDefaultGateway")):
+        from cni import bridge
+
+        bridge.make_room(str(made.get("bridge") or bridge.DEFAULT_NAME), env, force=bool(made.get("forceAddress")))
 
 
 def _is_range_full(error: DelegateError) -> bool:

@@ -91,3 +91,9 @@ class Plugin:
             self.command, input=stdin, capture_output=True, text=True, env=environment, timeout=60, check=False
         )
         return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def build(directory: Path, *flags: str) -> Path:
+    """What ``script/cni`` makes: the executable, in ``directory``."""
+    subprocess.run([str(ROOT / "script" / "cni"), *flags, str(directory)], check=True, timeout=120)
+    return directory / "flannel"
