@@ -86,13 +86,25 @@ def test_a_failure_skips_what_depends_on_it_and_nothing_else():
 
 
 def test_a_failure_is_tried_again_after_a_while_and_heals():
-    world = World(*peer(1, 1, 11))
+    world = settled()
     world.kernel.refuse = {(Kind.FDB, DEV, "02:00:00:00:01:01")}
+    world.want(*peer(1, 1, 11))
     world.run()
     world.kernel.refuse = set()
     world.run()
     assert world.kernel.where("10.1.1.5") is None, "not before the retry interval"
     world.now += 1.0
+    assert world.run().complete
+    assert world.kernel.where("10.1.1.5") == "192.0.2.11"
+
+
+def test_a_device_that_comes_back_ends_the_wait():
+    world = settled()
+    world.kernel.refuse = {(Kind.FDB, DEV, "02:00:00:00:01:01")}
+    world.want(*peer(1, 1, 11))
+    world.run()
+    world.kernel.refuse = set()
+    world.kernel.interfere(LINK.key, None)
     assert world.run().complete
     assert world.kernel.where("10.1.1.5") == "192.0.2.11"
 
