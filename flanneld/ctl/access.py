@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -111,14 +112,21 @@ class KubeAccess:
     def watch(self) -> Iterator[LeaseSnapshot]:
         from flanneld.open_store import open_store
 
-        self._store = open_store(self._options)
+        # A node's daemon must know which node it is; whoever only looks need not be one.
+        self._store = open_store(dataclasses.replace(self._options, node_name=self._options.node_name or "flannelctl"))
         return self._store.watch()
 
     def _first(self) -> LeaseSnapshot:
         answers: queue.SimpleQueue[LeaseSnapshot] = queue.SimpleQueue()
         snapshots = self.watch()
+
+        def take_one() -> None:
+            for snapshot in snapshots:
+                answers.put(snapshot)
+                return
+
         # The watch waits for ever, which is right for a daemon and wrong for a person.
-        threading.Thread(target=lambda: answers.put(next(snapshots)), daemon=True).start()
+        threading.Thread(target=take_one, daemon=True).start()
         try:
             return answers.get(timeout=KUBE_WAIT)
         except queue.Empty:
