@@ -94,7 +94,9 @@ def _wireguard() -> Handler:
 
 def _asks_udp(record: Record) -> bool:
     if isinstance(record, Link):
-        return isinstance(record.settings, Tun) or record.settings == Foreign("tun")
+        # wireguard-go's devices are TUN devices, too.
+        tun = record.settings == Foreign("tun") and not record.name.startswith("flannel-wg")
+        return tun or isinstance(record.settings, Tun)
     return isinstance(record, UdpPeer)
 
 

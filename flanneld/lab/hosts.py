@@ -79,7 +79,9 @@ class Daemon:
             *flags,
         ]
         self.argv = [word for word in self.argv if word]
-        self.env = {"NODE_NAME": host.name, "PYTHONUNBUFFERED": "1", **env}
+        # The key's usual places are the machine's, and all hosts of a lab are on one machine.
+        key_file = str(host.directory / "wgkey")
+        self.env = {"NODE_NAME": host.name, "PYTHONUNBUFFERED": "1", "WIREGUARD_KEY_FILE": key_file, **env}
         self.process: subprocess.Popen[bytes]
         self.start()
 

@@ -98,7 +98,15 @@ class Namespace:
         for process in self._processes:
             end(process)
         with contextlib.suppress(CommandFailed, subprocess.TimeoutExpired):
+            self._end_the_rest()
             run(["ip", "netns", "del", self.name])
+
+    def _end_the_rest(self) -> None:
+        """What a process of ours left running here (wireguard-go, a tunnel's worker) would keep the namespace alive."""
+        for pid in run(["ip", "netns", "pids", self.name]).split():
+            if int(pid) != os.getpid():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
 
     def __enter__(self) -> Namespace:
         return self
