@@ -1,0 +1,155 @@
+"""Nodes and networks that change while the daemon runs; each change is followed within its promise, subnet kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flanneld.lab.hosts import Host, Lab
+from flanneld.lab.wait import wait_until
+
+SOON = 5.0
+LATER = 10.0
+
+
+@pytest.fixture
+def running(lab: Lab) -> Lab:
+    lab.start_daemons()
+    lab.wait_peers()
+    for host in lab.hosts:
+        host.container("c")
+    return lab
+
+
+def pings(lab: Lab) -> bool:
+    """Containers of all hosts reach each other."""
+    boxes = [host.containers[0] for host in lab.hosts]
+    return all(a.ping(b).ok for a in boxes for b in boxes if a is not b)
+
+
+def lease_of(lab: Lab, host: Host) -> dict:
+    key = "/coreos.com/network/subnets/" + host.daemon.subnet_env()["FLANNEL_SUBNET"].replace(".1/24", ".0-24")
+    return json.loads(lab.etcd.ctl("get", "--print-value-only", key))
+
+
+def link(host: Host, dev: str = "flannel.1") -> dict:
+    return json.loads(host.run(f"ip -d -j link show dev {dev}"))[0]
+
+
+@pytest.mark.field_problem(17)
+def test_the_underlays_mtu_is_followed_in_place(running: Lab) -> None:
+    host = running.hosts[0]
+    index = link(host)["ifindex"]
+    host.run("ip link set eth0 mtu 1400")
+    wait_until(lambda: link(host)["mtu"] == 1350, SOON, "the device's MTU")
+    wait_until(lambda: host.daemon.subnet_env()["FLANNEL_MTU"] == "1350", SOON, "subnet.env")
+    assert link(host)["ifindex"] == index, "the device was made anew"
+    host.run("ip link set eth0 mtu 1500")
+    wait_until(lambda: link(host)["mtu"] == 1450, SOON, "and back")
+    assert pings(running)
+
+
+@pytest.mark.field_problem(22)
+def test_the_underlays_address_is_followed_and_the_subnet_kept(running: Lab) -> None:
+    host = running.hosts[0]
+    subnet, mac = host.daemon.subnet_env()["FLANNEL_SUBNET"], link(host)["address"]
+    host.run("ip addr del 172.30.0.11/24 dev eth0")
+    host.run("ip addr add 172.30.0.111/24 dev eth0")
+    host.run("ip route replace default via 172.30.0.1")
+    wait_until(lambda: lease_of(running, host)["PublicIP"] == "172.30.0.111", LATER, "the new address published")
+    wait_until(lambda: link(host)["linkinfo"]["info_data"]["local"] == "172.30.0.111", LATER, "the VTEP's address")
+    wait_until(lambda: pings(running), LATER, "pings between all containers")
+    assert host.daemon.subnet_env()["FLANNEL_SUBNET"] == subnet
+    assert link(host)["address"] == mac
+    for other in running.hosts[1:]:
+        assert other.run("bridge fdb show dev flannel.1").count("172.30.0.111") == 1
+        assert "172.30.0.11 " not in other.run("bridge fdb show dev flannel.1")
+
+
+def test_another_interface_takes_over(running: Lab) -> None:
+    """eth0 goes for good; its address comes back on an interface of another name."""
+    host = running.hosts[0]
+    host.run("ip link set eth0 down")
+    host.run("ip link set eth0 name lan0")
+    host.run("ip link set lan0 up")
+    host.run("ip route replace default via 172.30.0.1")
+    wait_until(lambda: pings(running), LATER, "pings over the renamed interface")
+    wait_until(lambda: host.daemon.ready, LATER, "ready")
+    assert host.daemon.get("/status").json()["interface"] == "lan0"
+
+
+def test_an_interface_that_goes_is_told_and_the_daemon_waits_for_it(running: Lab) -> None:
+    host = running.hosts[0]
+    host.run("ip link set eth0 down")
+    wait_until(lambda: not host.daemon.ready, LATER, "not ready")
+    assert host.daemon.running
+    host.run("ip link set eth0 up")
+    host.run("ip route replace default via 172.30.0.1")
+    wait_until(lambda: host.daemon.ready, LATER, "ready again")
+    wait_until(lambda: pings(running), LATER, "pings")
+
+
+@pytest.mark.field_problem(37)
+def test_a_node_that_starts_before_its_network_waits_for_it(lab: Lab) -> None:
+    host = lab.hosts[0]
+    host.run("ip link set eth0 down")
+    daemon = host.start_daemon()
+    wait_until(lambda: "etcd" in daemon.output(), LATER, "a word about what it waits for")
+    assert daemon.running and not daemon.ready
+    host.run("ip link set eth0 up")
+    host.run("ip route replace default via 172.30.0.1")
+    daemon.wait_ready()
+
+
+def test_backend_options_are_followed(running: Lab) -> None:
+    running.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": 7, "MTU": 1400}})
+    running.wait_peers(device="flannel.7", timeout=LATER)
+    for host in running.hosts:
+        wait_until(lambda host=host: "flannel.1" not in host.run("ip -br link"), LATER, "the old device gone")
+        assert link(host, "flannel.7")["mtu"] == 1350
+        assert "FLANNEL_MTU=1350" in host.daemon.subnet_file.read_text()
+    wait_until(lambda: pings(running), LATER, "pings")
+
+
+def test_direct_routing_is_switched_live(running: Lab) -> None:
+    running.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "DirectRouting": True}})
+    for host in running.hosts:
+        wait_until(lambda host=host: host.run("ip route").count("dev eth0 proto 241") == 2, SOON, "direct routes")
+        assert " dst " not in host.run("bridge fdb show dev flannel.1")
+    assert pings(running)
+    running.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}})
+    running.wait_peers(timeout=SOON)
+    assert "proto 241" not in running.hosts[0].run("ip route")
+    assert pings(running)
+
+
+def test_rules_follow_the_mode(running: Lab) -> None:
+    host = running.hosts[0]
+    assert "FLANNEL-FWD" in host.run("iptables-save")
+    running.set_config({"Network": "10.5.0.0/16", "EnableNFTables": True, "Backend": {"Type": "vxlan"}})
+    wait_until(lambda: "table ip flannel-ipv4" in host.run("nft list ruleset"), SOON, "our table")
+    wait_until(lambda: "FLANNEL" not in host.run("iptables-save"), SOON, "the chains gone")
+    assert pings(running)
+
+
+def test_a_bad_configuration_changes_nothing(running: Lab) -> None:
+    host = running.hosts[0]
+    routes = host.run("ip route")
+    running.set_config('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"')
+    running.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "teleport"}})
+    wait_until(lambda: not host.daemon.ready, LATER, "not ready")
+    assert "teleport" in host.daemon.get("/readyz").text
+    assert host.run("ip route") == routes
+    assert pings(running)
+    running.set_config()
+    wait_until(lambda: host.daemon.ready, LATER, "ready again")
+
+
+def test_a_network_that_leaves_our_subnet_outside_says_what_to_do(running: Lab) -> None:
+    host = running.hosts[0]
+    routes = host.run("ip route")
+    running.set_config({"Network": "10.77.0.0/16", "Backend": {"Type": "vxlan"}})
+    wait_until(lambda: "drain the node" in host.daemon.get("/readyz").text, LATER, "the remedy")
+    assert host.run("ip route") == routes
+    assert pings(running)
