@@ -17,12 +17,16 @@ from itertools import groupby
 from typing import Literal
 
 from backends.kernel_state import (
+    Address,
     Change,
     Failure,
+    FdbEntry,
     Key,
     Link,
+    Neighbour,
     Observation,
     Record,
+    Route,
     RouteLookup,
     Scope,
     Sysctl,
@@ -33,6 +37,8 @@ from flanneld.dataplane.look import Look
 from flanneld.dataplane.mirror import with_settings_of
 from flanneld.dataplane.netlink import MONITOR_BUFFER, Monitor, Netlink
 from flanneld.dataplane.write import Writer
+
+_RTNETLINK = frozenset({Address, FdbEntry, Neighbour, Route})
 
 
 class Dataplane:
@@ -128,6 +134,8 @@ class Dataplane:
 
     def _route_of(self, change: Change) -> tuple[Handler | None, Literal["link", "sysctl", "handler", "netlink"]]:
         record = change.record
+        if type(record) in _RTNETLINK:
+            return None, "netlink"
         handler = next((handler for handler in self._handlers if handler.handles(record)), None)
         if isinstance(record, Link):
             return handler, "link"

@@ -23,6 +23,7 @@ from flanneld.dataplane.wire import (
     NLMSG_DONE,
     NLMSG_ERROR,
     RTM_DELROUTE,
+    RTM_NEWNEIGH,
     RTM_NEWROUTE,
     attributes,
 )
@@ -215,9 +216,9 @@ def _error(data: bytes, flags: int) -> NetlinkError | None:
 class Monitor:
     """What the kernel says about links, addresses, routes, neighbours and forwarding entries.
 
-    Route messages about the requests of the socket ``port_id`` are left out in the kernel already, by a socket filter:
-    we know them from their acknowledgements. The others come, since the kernel does not tell for all of them who
-    asked (a neighbour's deletion, forwarding entries), and half of a story would be read wrongly.
+    Those about routes and neighbours that the socket ``port_id`` put, or routes that it removed, are left out in the
+    kernel already, by a socket filter: we know them from their acknowledgements. (What the kernel says about a removed
+    neighbour, or about forwarding entries, does not tell who asked.)
     """
 
     def __init__(self, port_id: int, receive_buffer: int = MONITOR_BUFFER) -> None:
@@ -243,14 +244,15 @@ class Monitor:
                 return
 
     def _leave_out(self, port_id: int) -> None:
-        """A classic BPF program: drop if nlmsg_type is RTM_NEWROUTE or RTM_DELROUTE and nlmsg_pid is ours.
+        """A classic BPF program: drop routes and new neighbours whose nlmsg_pid is ours.
 
         BPF loads in network order, netlink writes in host order: htons and htonl make the constants match.
         """
         program = (
             (0x28, 0, 0, 4),  # ldh [4]: nlmsg_type
-            (0x15, 1, 0, socket.htons(RTM_NEWROUTE)),  # jeq: go on
-            (0x15, 0, 3, socket.htons(RTM_DELROUTE)),  # jeq: go on, else accept
+            (0x15, 2, 0, socket.htons(RTM_NEWROUTE)),  # jeq: look at the sender
+            (0x15, 1, 0, socket.htons(RTM_DELROUTE)),
+            (0x15, 0, 3, socket.htons(RTM_NEWNEIGH)),  # else accept
             (0x20, 0, 0, 12),  # ld [12]: nlmsg_pid
             (0x15, 0, 1, socket.htonl(port_id)),  # jeq: drop, else accept
             (0x06, 0, 0, 0),  # ret 0: drop

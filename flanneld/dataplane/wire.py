@@ -164,6 +164,10 @@ def address_body(address: Address, index: int) -> bytes:
     )
 
 
+Found = tuple[Key, Neighbour | FdbEntry | None] | None
+"""Key and record of an entry; no record where it is none of ours any more, nothing where it never can be."""
+
+
 # --- from the kernel -----------------------------------------------------------------------------------------------
 
 
@@ -248,12 +252,26 @@ def decode_route(
     )
 
 
-def decode_neighbour(data: bytes, start: int, end: int, dev: str) -> tuple[Key, Neighbour | FdbEntry | None] | None:
-    """Key and record of a neighbour or forwarding entry of the device ``dev``.
+# The order and sizes in which the kernel has always written these; anything else takes the long way.
+_NEIGHBOUR4 = Struct("=BBHiHBB HH4s HH6s2x HH")  # ndmsg, NDA_DST, NDA_LLADDR, the next attribute's header
+_FDB4 = Struct("=BBHiHBB HH6s2x HH4s HH")  # ndmsg, NDA_LLADDR, NDA_DST, the next attribute's header
+_NDA_CACHEINFO, _NDA_PROBES = 3, 4
 
-    The record is None where the entry is none of ours any more (not permanent); the answer is None for entries that
-    never can be: proxies, multicast, a vxlan device's default destination.
+
+def decode_neighbour(data: bytes, start: int, end: int, dev: str) -> Found:
+    """A neighbour or forwarding entry of the device ``dev``.
+
+    Ours are permanent; proxies, multicast and a vxlan device's default destination never can be ours.
     """
+    if end - start >= _FDB4.size:
+        if data[start] == AF_BRIDGE:
+            _, _, _, _, state, flags, _, s1, k1, mac, s2, k2, dst, _, k3 = _FDB4.unpack_from(data, start)
+            if (s1, k1, s2, k2, k3) == (10, NDA_LLADDR, 8, NDA_DST, _NDA_CACHEINFO):
+                return _forwarding_entry(dev, state, flags, mac, dst, "")
+        elif data[start] == AF_INET:
+            _, _, _, _, state, flags, _, s1, k1, dst, s2, k2, mac, _, k3 = _NEIGHBOUR4.unpack_from(data, start)
+            if (s1, k1, s2, k2) == (8, NDA_DST, 10, NDA_LLADDR):
+                return _neighbour(dev, AF_INET, state, flags, dst, mac)
     family, _, _, _, state, flags, _ = NDMSG.unpack_from(data, start)
     dst = mac = b""
     extra = ""
@@ -273,22 +291,29 @@ def decode_neighbour(data: bytes, start: int, end: int, dev: str) -> tuple[Key, 
         elif attr == NDA_IFINDEX:
             extra += f" via {U32.unpack_from(data, start + 4)[0]}"
         start += (size + 3) & ~3
-    permanent = state & NUD_PERMANENT
     if family == AF_BRIDGE:
-        if not flags & NTF_SELF or len(mac) != 6 or not any(mac) or mac[0] & 1:
-            return None
-        text = mac_text(mac)
-        key: Key = (Kind.FDB, dev, text)
-        if not permanent or not dst:
-            return key, None
-        return key, FdbEntry(dev, text, inet_ntop(AF_INET if len(dst) == 4 else AF_INET6, dst) + extra)
+        return _forwarding_entry(dev, state, flags, mac, dst, extra)
+    return _neighbour(dev, family, state, flags, dst, mac)
+
+
+def _forwarding_entry(dev: str, state: int, flags: int, mac: bytes, dst: bytes, extra: str) -> Found:
+    if not flags & NTF_SELF or len(mac) != 6 or mac[0] & 1 or mac == b"\0\0\0\0\0\0":
+        return None
+    text = mac.hex(":")
+    key = (Kind.FDB, dev, text)
+    if not state & NUD_PERMANENT or not dst:
+        return key, None
+    return key, FdbEntry(dev, text, inet_ntop(AF_INET if len(dst) == 4 else AF_INET6, dst) + extra)
+
+
+def _neighbour(dev: str, family: int, state: int, flags: int, dst: bytes, mac: bytes) -> Found:
     if not dst or flags & NTF_PROXY:
         return None
     text = inet_ntop(family, dst)
     key = (Kind.NEIGHBOUR, dev, text)
-    if not permanent:
+    if not state & NUD_PERMANENT:
         return key, None
-    return key, Neighbour(dev, text, mac_text(mac) if mac else "")
+    return key, Neighbour(dev, text, mac.hex(":") if mac else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Final
 
 from backends.kernel_state import Address, Change, Failure, FdbEntry, Ipip, Link, Neighbour, Route, Vxlan
@@ -51,12 +52,18 @@ class Writer:
     # --- routes, neighbours, forwarding entries, addresses ---------------------------------------------------------
 
     def batch(self, changes: Sequence[Change]) -> list[Failure]:
-        """Make the changes in order, whatever becomes of each; those that failed."""
+        """Make the changes in order, whatever becomes of each; those that failed.
+
+        The monitor is read in between: its buffer must not fill with messages about all this, and what it says of a
+        removal has to be known before the same key is put again.
+        """
         failures: list[Failure] = []
-        for first in range(0, len(changes), SLICE):
-            failures += self._slice(changes[first : first + SLICE])
-            # The kernel's messages about all this must not fill the monitor's buffer.
-            self._look.drain()
+        for _, group in groupby(changes, lambda change: change.op):
+            run = list(group)
+            for first in range(0, len(run), SLICE):
+                self._look.drain()
+                failures += self._slice(run[first : first + SLICE])
+        self._look.drain()
         return failures
 
     def _slice(self, changes: Sequence[Change]) -> list[Failure]:
@@ -111,34 +118,24 @@ class Writer:
     def _message(self, change: Change) -> Message | None:
         """None where the interface is not there."""
         record, put = change.record, change.op == "put"
+        assert isinstance(record, (Route, Neighbour, FdbEntry, Address))
+        index = self._look.interfaces.index(record.dev) if record.dev is not None else None
         if isinstance(record, Route):
-            oif = None
-            if record.dev is not None:
-                oif = self._look.interfaces.index(record.dev)
-                if oif is None:
-                    return None
-            if put:
-                return RTM_NEWROUTE, _PUT, route_body(record, oif)
-            return RTM_DELROUTE, 0, route_body(record, oif, remove=True)
-        assert isinstance(record, (Neighbour, FdbEntry, Address))
-        index = self._look.interfaces.index(record.dev)
+            if index is None and record.dev is not None:
+                return None
+            return (
+                (RTM_NEWROUTE, _PUT, route_body(record, index))
+                if put
+                else (RTM_DELROUTE, 0, route_body(record, index, remove=True))
+            )
         if index is None:
             return None
-        if isinstance(record, Neighbour):
-            return (
-                (RTM_NEWNEIGH, _PUT, neighbour_body(record, index))
-                if put
-                else (RTM_DELNEIGH, 0, neighbour_body(record, index))
-            )
-        if isinstance(record, FdbEntry):
-            return (
-                (RTM_NEWNEIGH, _PUT, fdb_body(record, index))
-                if put
-                else (RTM_DELNEIGH, 0, fdb_body(record, index, remove=True))
-            )
-        return (
-            (RTM_NEWADDR, _PUT, address_body(record, index)) if put else (RTM_DELADDR, 0, address_body(record, index))
+        if isinstance(record, Address):
+            return (RTM_NEWADDR if put else RTM_DELADDR), (_PUT if put else 0), address_body(record, index)
+        body = (
+            neighbour_body(record, index) if isinstance(record, Neighbour) else fdb_body(record, index, remove=not put)
         )
+        return (RTM_NEWNEIGH, _PUT, body) if put else (RTM_DELNEIGH, 0, body)
 
     # --- links -----------------------------------------------------------------------------------------------------
 
