@@ -54,9 +54,9 @@ def load_or_make_key(key_file: str) -> tuple[str, str]:
     """The private and the public key of this node; what is amiss with the files is logged. Raises KeyUnusable."""
     key = load_or_make(key_file)
     for warning in key.warnings:
-        log.warning("wireguard_key", problem=warning)
+        log.warning(warning)
     if key.made:
-        log.info("wireguard_key_made", file=str(key.path), public_key=key.public)
+        log.info("WireGuard key made", file=str(key.path), public_key=key.public)
     return key.private, key.public
 
 

@@ -50,7 +50,7 @@ class DeviceStatus:
 
     engine: str
     listen_port: int
-    handshakes: Mapping[str, float]
+    handshakes: Mapping[str, float] = field(default_factory=dict)
 
 
 class WireguardHandler:
@@ -68,6 +68,7 @@ class WireguardHandler:
         self._devices: dict[str, _Device] = {}
         self._pinned: dict[Key, str] = {}
         self._links: dict[str, Link] = {}
+        self._status: dict[str, DeviceStatus] = {}
         self._answer: Mapping[Key, Record] = {}
         self._answer_current = False
         self._look = True
@@ -116,15 +117,8 @@ class WireguardHandler:
             engine.close()
 
     def status(self) -> dict[str, DeviceStatus]:
-        """What stands, by device name, as of the last look."""
-        return {
-            name: DeviceStatus(
-                device.engine.name,
-                device.state.listen_port,
-                {key: peer.handshake for key, peer in device.state.peers.items()},
-            )
-            for name, device in self._devices.items()
-        }
+        """What stands, by device name, as of the last look. From any thread."""
+        return self._status
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
@@ -144,6 +138,14 @@ class WireguardHandler:
                 raise
             devices[name] = _Device(engine, state, not link.up or listens(state.listen_port))
         self._devices = devices
+        self._status = {
+            name: DeviceStatus(
+                device.engine.name,
+                device.state.listen_port,
+                {key: peer.handshake for key, peer in device.state.peers.items()},
+            )
+            for name, device in devices.items()
+        }
         self._pinned = {key: pinned for key, pinned in self._pinned.items() if key[1] in devices}
         if devices:
             self._ticker.run((time.monotonic() - start) / LOOK_SHARE)
