@@ -17,26 +17,22 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from backends.kernel_state import Change, Failure, Firewall, Key, Link, Record, Scope
-from flanneld.dataplane import netfilter_blocking, netfilter_iptables, netfilter_legacy, netfilter_nft, netfilter_socket
+from flanneld.dataplane import netfilter_iptables, netfilter_legacy, netfilter_nft, netfilter_socket
+from flanneld.dataplane.netfilter_foreign import ForeignChains
 from flanneld.dataplane.netfilter_iptables import Saved
-from flanneld.dataplane.netfilter_names import Family, names_of
+from flanneld.dataplane.netfilter_names import FAMILIES, Family, names_of
 from flanneld.dataplane.netfilter_nft import NFT_FAMILY
 from flanneld.dataplane.netfilter_socket import Chain, Monitor, Touched
 from flanneld.dataplane.netfilter_tools import VARIANTS, Iptables, ToolFailed, ToolMissing, Tools, Variant, run
 
 Part = tuple[Literal["iptables", "nftables"], Family]
-FAMILIES: Final[tuple[Family, Family]] = (4, 6)
 PARTS: Final[tuple[Part, ...]] = (("iptables", 4), ("iptables", 6), ("nftables", 4), ("nftables", 6))
 
 LEGACY_POLL: Final = 1.0
 """Seconds between two looks at iptables-legacy's fingerprint, at most."""
-BLOCKING_INTERVAL: Final = 10.0
-"""Seconds between two searches for foreign chains that drop our traffic, at least."""
-BLOCKING_SHARE: Final = 50
-"""A search that takes t seconds is not repeated within BLOCKING_SHARE × t: at most 2 % of a core in any ruleset."""
 RIVAL_PUTS: Final = 3
 """A rule that comes back before our jump this often is let stand: someone else insists, and two would fight for ever."""
 
@@ -45,11 +41,12 @@ class Netfilter:
     """Implements ``flanneld.dataplane.handler.Handler`` for Firewall records. Made and used by one thread."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.blocking: tuple[str, ...] = ()
+        """Sentences about what drops our traffic or fights with us, each with the remedy; any thread may read them."""
         self._clock = clock
         self._tools = Tools()
         self._instance = ""
-        self._wanted: frozenset[Part] = frozenset()
-        self._networks: tuple[str, ...] = ()
+        self._wanted: dict[Part, Firewall] = {}
         self._known: set[Part] = set()
         self._stale: set[Part] = set(PARTS)
         self._seen: dict[Part, Firewall] = {}
@@ -62,35 +59,11 @@ class Netfilter:
         self._tolerated: set[str] = set()
         self._put: dict[Part, Firewall] = {}
         self._misread: Counter[tuple[Firewall, Firewall]] = Counter()
-        self._blocking: tuple[str, ...] = ()
-        self._blocking_stale = True
-        self._blocking_due = 0.0
-        self._foreign: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        self._foreign = ForeignChains(self._tools, clock)
         try:
             self._monitor: Monitor | None = Monitor()
         except OSError:
             self._monitor = None  # a kernel without nf_tables; iptables-legacy may still be there
-
-    @property
-    def blocking(self) -> tuple[str, ...]:
-        """Sentences about foreign rules that drop our traffic, each with the remedy. Empty is good."""
-        rivals = (
-            f"FORWARD: this rule keeps being put before ours and may drop our traffic: {r}" for r in self._tolerated
-        )
-        misread = (
-            f"{put.mode} shows other rules than were written ({', '.join(found.defects) or 'in another order'}); "
-            "changes to them may go unnoticed"
-            for (put, found), count in self._misread.items()
-            if count > RIVAL_PUTS
-        )
-        return (*self._blocking, *sorted(rivals), *misread)
-
-    def random_fully(self, family: Family) -> bool:
-        """Whether the installed iptables can pick source ports at random (1.6.2); True when there is none."""
-        try:
-            return self._tools.iptables(family).random_fully
-        except (ToolMissing, ToolFailed):
-            return True
 
     def handles(self, record: Record) -> bool:
         return isinstance(record, Firewall)
@@ -114,19 +87,18 @@ class Netfilter:
         self._poll_legacy()
         if self._stale:
             self._look_at_stale()
-        self._search_blocking()
+        dropping = self._foreign.search(scope.networks, self._instance)
+        self.blocking = (*dropping, *self._quarrels())
         return self._answer
 
     def _follow(self, scope: Scope) -> None:
-        wanted = frozenset((firewall.mode, firewall.family) for firewall in scope.firewall)
+        wanted: dict[Part, Firewall] = {(firewall.mode, firewall.family): firewall for firewall in scope.firewall}
         if scope.instance != self._instance:
             self._instance = scope.instance
             self._known.clear()
             self._stale.update(PARTS)
-        self._stale |= wanted - self._wanted
+        self._stale |= wanted.keys() - self._wanted.keys()
         self._wanted = wanted
-        if scope.networks != self._networks:
-            self._networks, self._blocking_stale = scope.networks, True
 
     def _hear(self) -> None:
         """Find out which parts may have changed, without a process."""
@@ -138,14 +110,12 @@ class Netfilter:
         self._recheck = False
         if touched is None:
             self._stale.update(PARTS)
-            self._foreign.clear()
-            self._blocking_stale = True
+            self._foreign.invalidate()
             return
         names = names_of(self._instance)
         for change in touched:
             family: Family | None = {"ip": 4, "ip6": 6}.get(change.family)  # type: ignore[assignment]
-            listed = self._foreign.pop((change.family, change.table), None)
-            self._blocking_stale |= change.forward_hook or listed is not None
+            self._foreign.touched(change)
             if family is None:
                 continue
             if change.table == names.table(family):
@@ -165,10 +135,16 @@ class Netfilter:
             return
         self._legacy_due = now + LEGACY_POLL
         for family in FAMILIES:
-            digest = netfilter_legacy.digest(family)
-            if digest != self._legacy.get(family, b""):
-                self._legacy[family] = digest
+            if self._legacy_changed(family):
                 self._stale.add(("iptables", family))
+
+    def _legacy_changed(self, family: Family) -> bool:
+        digest = netfilter_legacy.digest(family)
+        if digest == self._legacy.get(family, b""):
+            return False
+        self._legacy[family] = digest
+        self._foreign.legacy_changed(family)
+        return True
 
     def _look_at_stale(self) -> None:
         tables, chains = set(netfilter_socket.list_tables()), netfilter_socket.list_chains()
@@ -177,9 +153,9 @@ class Netfilter:
             try:
                 found = self._look_nft(family, tables) if mode == "nftables" else self._look_iptables(family, chains)
             except ToolFailed as failed:
-                if part in self._wanted:
-                    raise OSError(f"cannot read the firewall: {failed}") from failed
-                found = None  # what is broken and not wanted is not ours to complain about
+                # Not wanted and broken: nothing to complain of. Wanted: the attempt to write it tells.
+                wanted = part in self._wanted
+                found = Firewall(family, mode, (), self._instance, (f"cannot be read: {failed}",)) if wanted else None
             self._seen.pop(part, None)
             if found is not None:
                 self._seen[part] = self._trusted(part, found)
@@ -216,7 +192,7 @@ class Netfilter:
 
     def _look_iptables(self, family: Family, chains: list[Chain]) -> Firewall | None:
         self._saved.pop(family, None)
-        self._legacy[family] = netfilter_legacy.digest(family)
+        self._legacy_changed(family)  # before reading, so that a change meanwhile is seen at the next poll
         wanted = ("iptables", family) in self._wanted
         traces = {variant for variant in VARIANTS if self._has_traces(variant, family, chains)}
         if not wanted and not traces:
@@ -228,17 +204,29 @@ class Netfilter:
         names = names_of(self._instance)
         saved = Saved()
         if wanted or main.variant in traces:
-            saved = netfilter_iptables.parse_save(main.save(), names)
+            saved = netfilter_iptables.parse_save(self._save(main), names)
         self._saved[family] = [(main, saved)]
         firewall = netfilter_iptables.firewall_of(saved, family, self._instance, self._tolerated)
+        if firewall and not main.random_fully and self._wants_random_fully(family):
+            firewall = _with_random_fully(firewall, True)  # it has all of it that this iptables knows
         other = self._tools.other_iptables(main) if traces - {main.variant} else None
         if other:
-            left = netfilter_iptables.parse_save(other.save(), names)
+            left = netfilter_iptables.parse_save(self._save(other), names)
             if netfilter_iptables.firewall_of(left, family, self._instance):
                 self._saved[family].append((other, left))
                 firewall = firewall or Firewall(family, "iptables", (), self._instance)
                 firewall = replace(firewall, defects=(*firewall.defects, f"rules left in {other.prefix}"))
         return firewall
+
+    def _save(self, tool: Iptables) -> str:
+        text = tool.save()
+        if tool.variant == "legacy":
+            self._foreign.keep_legacy(tool, text)
+        return text
+
+    def _wants_random_fully(self, family: Family) -> bool:
+        wanted = self._wanted.get(("iptables", family))
+        return wanted is not None and any(rule.random_fully for rule in wanted.rules)
 
     def _has_traces(self, variant: Variant, family: Family, chains: list[Chain]) -> bool:
         """Whether iptables-save of that variant may show something of ours.
@@ -304,11 +292,12 @@ class Netfilter:
         family, instance = firewall.family, firewall.instance
         if family not in self._saved:
             main = self._tools.iptables(family)
-            self._saved[family] = [(main, netfilter_iptables.parse_save(main.save(), names_of(instance)))]
+            self._saved[family] = [(main, netfilter_iptables.parse_save(self._save(main), names_of(instance)))]
         for index, (tool, saved) in enumerate(self._saved.pop(family)):
             if change.op == "put" and index == 0:
                 self._count_rivals(saved, instance)
-                text = netfilter_iptables.render_put(firewall, saved, self._tolerated)
+                able = firewall if tool.random_fully else _with_random_fully(firewall, False)
+                text = netfilter_iptables.render_put(able, saved, self._tolerated)
             else:
                 text = netfilter_iptables.render_remove(saved, instance)
             if text:
@@ -320,33 +309,25 @@ class Netfilter:
             if self._rivals[rule] > RIVAL_PUTS:
                 self._tolerated.add(rule)
 
-    # Foreign chains
+    # What works against us
 
-    def _search_blocking(self) -> None:
-        now = self._clock()
-        if not self._blocking_stale or now < self._blocking_due or not self._networks or not self._tools.has_nft():
-            return
-        names = names_of(self._instance)
-        ours = {("ip", names.table(4)), ("ip6", names.table(6))}
-        hooked = {(c.family, c.table) for c in netfilter_socket.list_chains() if c.hook == "forward"} - ours
-        self._foreign = {
-            (family, table): self._foreign.get((family, table)) or _list_table(family, table)
-            for family, table in sorted(hooked)
-            if family in ("ip", "ip6", "inet")
-        }
-        everything = [item for items in self._foreign.values() for item in items]
-        self._blocking = netfilter_blocking.blocking_chains(everything, self._networks)
-        self._blocking_stale = False
-        self._blocking_due = now + max(BLOCKING_INTERVAL, BLOCKING_SHARE * (self._clock() - now))
+    def _quarrels(self) -> list[str]:
+        rivals = [
+            f"this rule of FORWARD keeps being put before ours and may drop our traffic: {rule}; stop what puts it there"
+            for rule in sorted(self._tolerated)
+        ]
+        misread = [
+            f"{put.mode} shows other rules than were written ({', '.join(found.defects) or 'or in another order'}): "
+            "changes to them may go unnoticed; report this with the version of iptables or nft"
+            for (put, found), count in self._misread.items()
+            if count > RIVAL_PUTS
+        ]
+        return rivals + misread
 
 
-def _list_table(family: str, table: str) -> list[Mapping[str, Any]]:
-    """One table at a time: nft 1.0 shows only the last of several that one call asks for."""
-    try:
-        items: list[Mapping[str, Any]] = json.loads(run(["nft", "-j", "list", "table", family, table]))["nftables"]
-    except (ToolFailed, ToolMissing):
-        return []  # gone meanwhile, or not for nft to read
-    return items
+def _with_random_fully(firewall: Firewall, on: bool) -> Firewall:
+    rules = (replace(rule, random_fully=on) if rule.verdict == "masquerade" else rule for rule in firewall.rules)
+    return replace(firewall, rules=tuple(rules))
 
 
 def _nft_text(change: Change) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import ipaddress
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -74,9 +75,10 @@ def _table(family: str, name: str, items: Iterable[tuple[str, Any]]) -> _Table:
 
 def _sentence(chain: Mapping[str, Any], reason: str, network: Network) -> str:
     family, table, name = chain["family"], chain["table"], chain["name"]
-    where = f"table {family} {table} chain {name} ({reason}) drops packets of {network}"
+    tool = chain.get("tool", "iptables" if family == "ip" else "ip6tables")
+    place = f"{tool} chain {name}" if "tool" in chain else f"table {family} {table} chain {name}"
+    where = f"{place} ({reason}) drops packets of {network}"
     if family in ("ip", "ip6") and (table, name) == ("filter", "FORWARD"):
-        tool = "iptables" if family == "ip" else "ip6tables"
         commands = [f"{tool} -I FORWARD -{side} {network} -j ACCEPT" for side in "sd"]
     else:
         protocol = "ip" if network.version == 4 else "ip6"
@@ -185,3 +187,59 @@ def _overlaps(value: Any, network: Network) -> bool:
     """Also True for what cannot be read: a named set may hold anything."""
     cidr = cidr_of(value)
     return cidr is None or network.overlaps(ipaddress.ip_network(cidr))
+
+
+def ruleset_of_save(text: str, family: Literal[4, 6], tool: str) -> list[Mapping[str, Any]]:
+    """The filter table of ``iptables-save`` in nft's own words; ``tool`` is the command that changes it."""
+    nft_family = "ip" if family == 4 else "ip6"
+    place = {"family": nft_family, "table": "filter"}
+    items: list[Mapping[str, Any]] = []
+    table = ""
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        elif table == "filter" and line.startswith(":FORWARD "):
+            policy = line.split()[1].lower()
+            items.append({"chain": {**place, "name": "FORWARD", "hook": "forward", "policy": policy, "tool": tool}})
+        elif table == "filter" and line.startswith("-A "):
+            chain, *words = shlex.split(line)[1:]
+            items.append({"rule": {**place, "chain": chain, "expr": list(_expressions(words, nft_family))}})
+    return items
+
+
+def _expressions(words: Sequence[str], family: str) -> Iterator[Mapping[str, Any]]:
+    """The conditions and the verdict of one iptables rule; what is not understood becomes a "perhaps"."""
+    rest, operator = iter(words), "=="
+    for word in rest:
+        if word == "!":
+            operator = "!="
+            continue
+        if word in _IPTABLES_FIELDS:
+            left, value = _IPTABLES_FIELDS[word], next(rest, "")
+            if "payload" in left:
+                left = {"payload": {"protocol": family, **left["payload"]}}
+            right: Any = value.lower().split(",") if "ct" in left else value.replace("+", "*")
+            yield {"match": {"op": operator, "left": left, "right": right}}
+        elif word in ("-j", "-g"):
+            target = next(rest, "")
+            if target in ("ACCEPT", "DROP", "RETURN", "REJECT"):
+                yield {target.lower(): None}
+            elif target not in ("LOG", "NFLOG"):
+                yield {"jump" if word == "-j" else "goto": {"target": target}}
+        elif word in ("-m", "--comment", "--reject-with", "--log-prefix", "--log-level"):
+            value = next(rest, "")
+            if word == "-m" and value not in ("comment", "conntrack", "state"):
+                yield {"perhaps": value}
+        else:
+            yield {"perhaps": word}
+        operator = "=="
+
+
+_IPTABLES_FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "-s": {"payload": {"field": "saddr"}},
+    "-d": {"payload": {"field": "daddr"}},
+    "-i": {"meta": {"key": "iifname"}},
+    "-o": {"meta": {"key": "oifname"}},
+    "--ctstate": {"ct": {"key": "state"}},
+    "--state": {"ct": {"key": "state"}},
+}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Family = Literal[4, 6]
+FAMILIES: Final[tuple[Family, Family]] = (4, 6)
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,11}")
 

@@ -73,9 +73,6 @@ class Tools:
             )
         return "nft"
 
-    def has_nft(self) -> bool:
-        return which("nft") is not None
-
     def iptables(self, family: Family) -> Iptables:
         """What ``iptables`` (``ip6tables``) is on this host. Raises ToolMissing, ToolFailed."""
         prefix = "iptables" if family == 4 else "ip6tables"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.kernel_state import Change, Firewall, Scope, state_of
+from flanneld.dataplane import netfilter_tools
 from flanneld.lab.netns import Namespace
 from tests.kernel.netfilter_lab import (
     IPTABLES,
@@ -398,6 +399,31 @@ def test_a_refused_change_says_what_was_run_and_why(host, namespace):
     (failure,) = host.handler.apply([Change("put", broken)])
     assert failure.message.startswith("iptables-restore --noflush")
     assert "exit code" in failure.message
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_program_that_breaks_is_a_failure_not_the_end_of_the_pass(host, programs, mode):
+    firewall = wanted(mode, families=(4,))
+    host.converge(firewall)
+    for name in ("nft", *IPTABLES):
+        (programs.directory / name).write_text("#!/bin/sh\necho it is broken >&2; exit 4\n")
+    host.handler._stale.add((mode, 4))
+    seen = host.observe(firewall)
+    assert seen[firewall[0].key] != firewall[0]
+    (failure,) = host.handler.apply([Change("put", firewall[0])])
+    assert failure.cause == "refused"
+    assert "exit code 4: it is broken" in failure.message
+    programs.add("nft", *IPTABLES)
+    host.converge(firewall)
+    assert host.observe(firewall) == state_of(*firewall)
+
+
+def test_an_iptables_that_cannot_randomise_ports_is_spared_the_option(host, namespace, monkeypatch):
+    monkeypatch.setattr(netfilter_tools, "RESTORE_WAITS", (99,))
+    firewall = wanted("iptables", families=(4,))
+    host.converge(firewall)
+    assert host.observe(firewall) == state_of(*firewall)
+    assert "--random-fully" not in sh(namespace, "iptables-nft-save")
 
 
 def test_takeover_of_flannels_rules_writes_only_what_differs(host, programs, namespace):

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from backends.kernel_state import state_of
+from flanneld.lab.hosts import sysctl
 from flanneld.lab.netns import Namespace, veth
-from tests.kernel.netfilter_lab import Host, Programs, handler_in, need_legacy, programs, wanted
+from tests.kernel.netfilter_lab import IPTABLES, Host, Programs, handler_in, need_legacy, programs, wanted
 
 __all__ = ["programs"]
 
@@ -88,11 +89,13 @@ class Town:
 def town() -> Iterator[Town]:
     with Namespace("pod") as pod, Namespace("host") as host, Namespace("rem") as remote, Namespace("out") as outside:
         made = Town(pod, host, remote, outside)
+        for namespace in (pod, host, remote, outside):
+            sysctl(namespace, {"net/ipv6/conf/default/accept_dad": "0"})
         veth(host, "cni0", pod, "eth0")
         veth(host, "overlay", remote, "eth0")
         veth(host, "underlay", outside, "eth0")
-        host.run(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"])
-        host.run(["sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0"])
+        forwarding = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
+        sysctl(host, {**forwarding, "net/ipv4/conf/all/rp_filter": "0"})
         for plan in PLANS.values():
             build(made, plan)
         yield made
@@ -117,9 +120,9 @@ def build(town: Town, plan: Plan) -> None:
     town.remote.run([*ip, "route", "add", "default", "dev", "eth0"])
     if plan.family == 4:
         # The overlay of this test is a cable: let each end answer for all that lies behind it.
-        town.host.run(["sysctl", "-qw", "net.ipv4.conf.overlay.proxy_arp=1"])
+        sysctl(town.host, {"net/ipv4/conf/overlay/proxy_arp": "1"})
     else:
-        town.host.run(["sysctl", "-qw", "net.ipv6.conf.overlay.proxy_ndp=1"])
+        sysctl(town.host, {"net/ipv6/conf/overlay/proxy_ndp": "1", "net/ipv6/neigh/overlay/proxy_delay": "0"})
         for behind in (plan.pod, plan.outside, plan.host_cni, plan.host_underlay):
             town.host.run([*ip, "neigh", "replace", "proxy", behind, "dev", "overlay"])
 
@@ -132,7 +135,7 @@ def flavour(request, town, programs) -> Iterator[tuple[Host, str, Programs]]:
         with town.host.inside():
             need_legacy()
     programs.variant = "legacy" if request.param == "iptables-legacy" else "nft"
-    programs.add("nft", "iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore")
+    programs.add("nft", *IPTABLES)
     with handler_in(town.host) as host:
         yield host, "nftables" if request.param == "nftables" else "iptables", programs
     wipe(town)
@@ -156,7 +159,7 @@ def source_seen(
     mark: int = 0,
     out: str | None = None,
 ) -> str | None:
-    """Send datagrams; the source address of the first that arrives, None when none does within two seconds."""
+    """Send datagrams; the source address of the first that arrives, None when none does within a second."""
     with receiver.inside():
         ear = socket.socket(plan.kind, socket.SOCK_DGRAM)
     with sender.inside():
@@ -178,7 +181,7 @@ def source_seen(
             mouth.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         if source:
             mouth.bind((source, 0))
-        for _ in range(10):  # the first ones may be lost while addresses are resolved
+        for _ in range(5):  # the first ones may be lost while addresses are resolved
             mouth.sendto(b"who am I?", (destination, ear.getsockname()[1]))
             with contextlib.suppress(TimeoutError):
                 return ear.recvfrom(64)[1][0]
@@ -289,20 +292,27 @@ def test_a_chain_that_drops_our_packets_is_named_with_a_remedy_that_works(town, 
 
 @pytest.mark.field_problem(24)
 @pytest.mark.parametrize("block", ["-A FORWARD -j REJECT", "-P FORWARD DROP"])
-def test_the_hosts_iptables_is_named_in_nftables_mode(town, programs, block):
+@pytest.mark.parametrize("tool", ["iptables", "iptables-legacy"])
+def test_the_hosts_iptables_is_named_in_nftables_mode(town, programs, block, tool):
     wipe(town)
-    programs.add("nft", "iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore")
+    programs.add("nft", *IPTABLES)
+    if tool == "iptables-legacy":
+        with town.host.inside():
+            need_legacy()
+        programs.add("iptables-legacy-save", "iptables-legacy-restore")
     with handler_in(town.host) as host:
         host.converge(wanted("nftables"))
-        town.host.run(f"iptables-nft {block}")
+        town.host.run(f"{tool} {block}")
+        assert source_seen(PLANS[4], town.pod, town.remote, PLANS[4].remote) is None
         host.observe(wanted("nftables"))
         (sentence,) = host.handler.blocking
-        assert sentence.startswith("table ip filter chain FORWARD")
-        assert "iptables -I FORWARD -s 10.244.0.0/16 -j ACCEPT" in sentence
-        town.host.run("iptables-nft -I FORWARD -s 10.244.0.0/16 -j ACCEPT")
-        town.host.run("iptables-nft -I FORWARD -d 10.244.0.0/16 -j ACCEPT")
+        assert "chain FORWARD (" in sentence
+        for command in sentence.split("'")[1::2]:
+            assert command.startswith(f"{tool} -I FORWARD -")
+            town.host.run(command)
         host.observe(wanted("nftables"))
         assert host.handler.blocking == ()
+        assert source_seen(PLANS[4], town.pod, town.remote, PLANS[4].remote) == PLANS[4].pod
     wipe(town)
 
 

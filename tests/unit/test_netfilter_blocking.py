@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flanneld.dataplane.netfilter_blocking import blocking_chains
+from flanneld.dataplane.netfilter_blocking import blocking_chains, ruleset_of_save
 
 pytestmark = pytest.mark.field_problem(24)
 
@@ -124,3 +124,26 @@ def test_tables_of_ours_are_left_out_and_families_kept_apart():
     assert blocking_chains(listing, [NETWORK], ours={("inet", "filter")}) == ()
     assert len(blocking_chains(listing, [NETWORK, "fd00::/48"])) == 2
     assert "ip6 saddr fd00::/48" in blocking_chains(listing, ["fd00::/48"])[0]
+
+
+@pytest.mark.parametrize(
+    ("rules", "blocked"),
+    [
+        ("", True),
+        ("-A FORWARD -s 10.0.0.0/8 -j ACCEPT", False),
+        ("-A FORWARD ! -s 192.168.0.0/16 -j ACCEPT", False),
+        ("-A FORWARD -s 10.0.0.0/8 -p tcp -m tcp --dport 80 -j ACCEPT", True),
+        ("-A FORWARD -i cni+ -j ACCEPT", False),
+        ("-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", True),
+        ('-A FORWARD -m comment --comment "all of it" -j ACCEPT', False),
+        ("-A FORWARD -j FLANNEL-FWD\n-A FLANNEL-FWD -d 10.244.0.0/16 -j ACCEPT", False),
+        ("-A FORWARD -g other\n-A FORWARD -j ACCEPT\n-A other -j LOG --log-prefix x", True),
+    ],
+)
+def test_iptables_save_is_read_the_same_way(rules, blocked):
+    text = f"*nat\n:FORWARD ACCEPT [0:0]\nCOMMIT\n*filter\n:FORWARD DROP [0:0]\n{rules}\nCOMMIT\n"
+    found = blocking_chains(ruleset_of_save(text, 4, "iptables-legacy"), [NETWORK])
+    assert bool(found) == blocked
+    if blocked:
+        assert found[0].startswith("iptables-legacy chain FORWARD (policy drop) drops packets")
+        assert "'iptables-legacy -I FORWARD -s 10.244.0.0/16 -j ACCEPT'" in found[0]
