@@ -1,0 +1,114 @@
+"""Nodes behind NAT, with several interfaces, several networks; nodes that clash; many that join at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from flanneld.lab.capture import capture
+from flanneld.lab.hosts import Lab
+from flanneld.lab.wait import wait_until
+
+MakeLab = Callable[..., Lab]
+
+
+@pytest.mark.field_problem(21)
+def test_two_nodes_behind_nat_reach_each_other_at_their_published_addresses(make_lab: MakeLab) -> None:
+    lab = make_lab(3, nat=("h1", "h2"))
+    lab.set_config()
+    for host in lab.hosts:
+        host.start_daemon(f"--public-ip={host.public_address}")
+    for host in lab.hosts:
+        host.daemon.wait_ready()
+    lab.wait_peers()
+    boxes = [host.container("c") for host in lab.hosts]
+    for here in boxes:
+        for there in boxes:
+            if here is not there:
+                wait_until(lambda here=here, there=there: here.ping(there).ok, 10, f"{here.name} to {there.name}")
+    shown = lab.hosts[0].run("ip -d link show flannel.1")
+    assert "local 10.0.2.15" in shown
+
+
+@pytest.mark.field_problem(10)
+def test_a_second_node_with_a_live_nodes_address_is_refused_and_both_are_named(make_lab: MakeLab) -> None:
+    lab = make_lab(2, nat=("h1", "h2"))
+    lab.set_config()
+    first = lab.hosts[0].start_daemon(wait=True)
+    second = lab.hosts[1].start_daemon()
+    wait_until(lambda: "h1" in second.get("/readyz").text, 15, "the refusal")
+    reason = second.get("/readyz").text
+    assert "10.0.2.15" in reason and "h1" in reason and "h2" in reason and "--public-ip" in reason
+    assert second.running and first.ready
+    assert not second.subnet_file.exists()
+    assert "flannel" not in lab.hosts[1].run("ip -br link")
+    assert len(lab.etcd.ctl("get", "--prefix", "--keys-only", "/coreos.com/network/subnets/").split()) == 1
+
+
+@pytest.mark.field_problem(34)
+def test_outer_packets_leave_by_the_chosen_interface_and_address(make_lab: MakeLab) -> None:
+    lab = make_lab(2, second="172.31.0.0/24")
+    lab.set_config()
+    lab.start_daemons("--iface=eth1")
+    lab.wait_peers()
+    here, there = (host.container("c") for host in lab.hosts)
+    wait_until(lambda: here.ping(there).ok, 10, "a ping")
+    packet = capture(lab.hosts[0].ns, "eth1", "udp port 8472", lambda: here.ping(there))[0]
+    assert packet["IP"].src == lab.hosts[0].second_address
+    assert packet["IP"].dst == lab.hosts[1].second_address
+
+
+@pytest.mark.field_problem(44)
+def test_two_networks_on_one_host_pass_traffic_and_never_meet(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": 1}})
+    lab.set_config({"Network": "10.6.0.0/16", "Backend": {"Type": "vxlan", "VNI": 2}}, prefix="/blue")
+    reds = [host.start_daemon("--ip-masq") for host in lab.hosts]
+    blues = [host.start_daemon("--ip-masq", "--etcd-prefix=/blue", instance="blue") for host in lab.hosts]
+    for daemon in (*reds, *blues):
+        daemon.wait_ready()
+    lab.wait_peers(device="flannel.1")
+    lab.wait_peers(device="flannel.2")
+    red = [host.container("r", daemon=daemon) for host, daemon in zip(lab.hosts, reds, strict=True)]
+    blue = [host.container("b", daemon=daemon, bridge="cni1") for host, daemon in zip(lab.hosts, blues, strict=True)]
+    wait_until(lambda: red[0].ping(red[1]).ok and blue[0].ping(blue[1]).ok, 10, "traffic in both")
+    before = lab.hosts[0].run("ip route")
+    # One goes, restarts, loses its device: the other does not notice.
+    lab.hosts[0].run("ip link del flannel.2")
+    wait_until(lambda: blue[0].ping(blue[1]).ok, 10, "blue again")
+    blues[0].restart()
+    blues[0].wait_ready()
+    assert sorted(lab.hosts[0].run("ip route").splitlines()) == sorted(before.splitlines())
+    assert red[0].ping(red[1]).ok
+    rules = lab.hosts[0].run("iptables-save")
+    assert "FLANNEL-FWD " in rules and "blue" in rules
+    # What crosses the underlay never changes its VNI: a packet for the other network is no packet of this one.
+    assert "flannel.2" not in lab.hosts[0].run(f"ip route get {red[1].address}")
+
+
+@pytest.mark.field_problem(12)
+def test_fifty_daemons_join_a_nearly_full_network_at_once(make_lab: MakeLab) -> None:
+    """52 subnets, 50 nodes: nobody gives up, and no subnet has two owners."""
+    lab = make_lab(50)
+    lab.set_config({"Network": "10.5.0.0/20", "SubnetLen": 26, "SubnetMin": "10.5.0.64", "SubnetMax": "10.5.13.0"})
+    daemons = lab.start_daemons(wait=False)
+    for daemon in daemons:
+        daemon.wait_ready(120)
+    subnets = {daemon.subnet_env()["FLANNEL_SUBNET"] for daemon in daemons}
+    assert len(subnets) == 50
+    lab.wait_peers(timeout=30)
+
+
+def test_json_is_flannels(make_lab: MakeLab) -> None:
+    lab = make_lab(1)
+    lab.set_config()
+    lab.hosts[0].start_daemon(wait=True)
+    text = lab.etcd.ctl("get", "--prefix", "--print-value-only", "/coreos.com/network/subnets/").strip()
+    mac = lab.hosts[0].daemon.get("/status").json()["vtep_mac"]
+    assert text.startswith(
+        '{"PublicIP":"172.30.0.11","PublicIPv6":null,"BackendType":"vxlan",'
+        '"BackendData":{"VNI":1,"VtepMAC":"' + mac + '"}'
+    )
+    assert list(json.loads(text))[:4] == ["PublicIP", "PublicIPv6", "BackendType", "BackendData"]
