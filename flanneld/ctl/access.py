@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def open_access(arguments: argparse.Namespace) -> Access:
     """The store that the flags name; it connects when it is first asked."""
     options = options_of(arguments)
+    if getattr(arguments, "own_process", False):
+        _log_to_stderr()
     if options.kube_subnet_mgr:
         return KubeAccess(options)
     from subnet_lease.etcd_admin import EtcdAdmin
@@ -80,6 +83,16 @@ def open_access(arguments: argparse.Namespace) -> Access:
         scope=options.etcd_prefix,
     )
     return EtcdAdmin(connection, options.etcd_prefix)
+
+
+def _log_to_stderr() -> None:
+    """What the stores log must never mix with what a command prints."""
+    import structlog
+
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, structlog.processors.KeyValueRenderer(key_order=["event"])],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 class KubeAccess:

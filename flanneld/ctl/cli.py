@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = build_parser().parse_args(argv)
+    # Only a process of our own may change how the whole process logs.
+    arguments.own_process = argv is None
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

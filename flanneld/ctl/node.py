@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
 import time
@@ -37,6 +36,8 @@ def add_node_arguments(parser: argparse.ArgumentParser) -> None:
 
 def ask(arguments: argparse.Namespace, path: str) -> Any:
     """The daemon's answer to GET ``path`` as JSON. OSError if nobody answers, ValueError if it is not flanneld."""
+    import http.client
+
     connection = http.client.HTTPConnection(arguments.healthz_ip, arguments.healthz_port, timeout=5)
     try:
         connection.request("GET", path)

@@ -79,6 +79,8 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     public = [address for address in status.get("public") or () if address not in (status.get("local") or ())]
     add("underlay", underlay, *(f"public {address}" for address in public))
     add("backend", status.get("backend"), *(status.get("devices") or ()), status.get("vtep_mac"))
+    for device, told in (status.get("tunnels") or {}).items():
+        add("tunnel", device, *(f"{name.replace('_', ' ')} {value}" for name, value in told.items()))
     add("mtu", status.get("mtu"))
     add("peers", status.get("peers"))
     if isinstance(status.get("watch_age"), int | float):

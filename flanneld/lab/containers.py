@@ -16,7 +16,8 @@ from flanneld.lab.ping import PingResult, PingStream, ping
 from flanneld.lab.wait import wait_until
 
 if TYPE_CHECKING:
-    from flanneld.lab.hosts import Daemon, Host
+    from flanneld.lab.daemons import Daemon
+    from flanneld.lab.hosts import Host
 
 CNI_PLUGINS = Path("/usr/lib/cni")
 BRIDGE = "cni0"

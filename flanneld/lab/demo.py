@@ -8,38 +8,41 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Network
-from pathlib import Path
 
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from flanneld.lab.capture import capture, decode_vxlan
 from flanneld.lab.containers import CNI_PLUGINS, Container
+from flanneld.lab.demo_view import (
+    bar,
+    explain_keep,
+    hosts_table,
+    make_console,
+    milliseconds,
+    ping_cell,
+    save_svg,
+    table,
+)
 from flanneld.lab.faults import heal, peers_in_kernel, vxlan_faults
-from flanneld.lab.hosts import Host, Lab
+from flanneld.lab.hosts import Lab
 from flanneld.lab.leave import leave
-from flanneld.lab.ping import PingResult
 from flanneld.lab.throughput import iperf3
 from flanneld.lab.wait import NotYet
 from subnet_lease.network_config import parse_network_config, validate_for_allocation
 from subnet_lease.store import ConfigInvalid
 
 UNDERLAY = "172.30.0.0/24"
-DEVICE = "flannel.1"
 NEEDED = {
     "etcd": "etcd-server",
     "ip": "iproute2",
@@ -73,7 +76,7 @@ class DemoOptions:
 def run_demo(options: DemoOptions) -> int:
     """Run it all; 0 if everything worked, 1 if anything did not, 130 after Ctrl-C."""
     network = preflight(options)
-    console = _console(options)
+    console = make_console(record=bool(options.save_svg))
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     began = time.monotonic()
@@ -83,7 +86,7 @@ def run_demo(options: DemoOptions) -> int:
         lab = Lab(options.hosts, underlay=UNDERLAY)
         good = Demo(console, lab, options, network).run()
         if options.keep:
-            _explain_keep(console, lab)
+            explain_keep(console, lab)
             leave(lab)
             lab = None
         verdict = (
@@ -105,28 +108,11 @@ def run_demo(options: DemoOptions) -> int:
             lab.close()
             console.print("[dim]removed: every namespace, process and file of this demo[/dim]")
         if options.save_svg:
-            _save_svg(console, options)
-
-
-def _save_svg(console: Console, options: DemoOptions) -> None:
-    """The run as a picture. Without rich's web fonts: a picture loads nothing from elsewhere."""
-    plain = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    assert options.save_svg is not None
-    console.save_svg(options.save_svg, title="sudo script/demo", code_format=plain)
+            save_svg(console, options.save_svg)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _console(options: DemoOptions) -> Console:
-    if options.save_svg:
-        return Console(
-            record=True, force_terminal=True, width=112, highlight=False, emoji=False, color_system="truecolor"
-        )
-    if sys.stdout.isatty():
-        return Console(highlight=False, emoji=False)
-    return Console(width=120, no_color=True, highlight=False, emoji=False)
 
 
 def preflight(options: DemoOptions) -> IPv4Network:
@@ -230,11 +216,11 @@ class Demo:
             pairs = list(itertools.permutations(self.containers, 2))
             # One at a time: the point is the path, not how two processors share twenty pings.
             results = {(a.host.name, b.host.name): a.ping(b, count=3, interval=0.02) for a, b in pairs}
-            table = _table("from \\ to", *(f"{c.host.name} {c.address}" for c in self.containers))
+            made = table("from \\ to", *(f"{c.host.name} {c.address}" for c in self.containers))
             for a in self.containers:
-                cells = [_cell(results.get((a.host.name, b.host.name))) for b in self.containers]
-                table.add_row(f"{a.host.name} {a.address}", *cells)
-            self.console.print(table)
+                cells = [ping_cell(results.get((a.host.name, b.host.name))) for b in self.containers]
+                made.add_row(f"{a.host.name} {a.address}", *cells)
+            self.console.print(made)
             good = all(result.ok for result in results.values())
             self.console.print(
                 f"{sum(r.received for r in results.values())} of {sum(r.sent for r in results.values())} answered"
@@ -247,7 +233,7 @@ class Demo:
             under = iperf3(first.ns, second.ns, second.address, seconds=2)
             over = iperf3(self.containers[0].ns, self.containers[1].ns, self.containers[1].address, seconds=2)
             for name, value in (("underlay", under), ("overlay", over)):
-                self.console.print(f"{name:9} {value / 1e9:5.2f} Gbit/s  [cyan]{_bar(value / max(under, over))}[/cyan]")
+                self.console.print(f"{name:9} {value / 1e9:5.2f} Gbit/s  [cyan]{bar(value / max(under, over))}[/cyan]")
         return under > 0 and over > 0
 
     def packet(self) -> bool:
@@ -274,74 +260,16 @@ class Demo:
         with self.step("Damage on h1 under a ping of 100 a second; the clock is ip -ts monitor"):
             subnet = str(IPv4Network(receiver.subnet_env["FLANNEL_SUBNET"], strict=False))
             target = next(peer for peer in peers_in_kernel(host) if peer.subnet == subnet)
-            table = _table("deleted", "healed after", "pings lost", "command")
+            made = table("deleted", "healed after", "pings lost", "command")
             good = True
             for fault in vxlan_faults(host, target):
                 try:
                     result = heal(host, fault, sender, receiver)
                 except NotYet as error:
                     good = False
-                    table.add_row(fault.title, "[bold red]never[/bold red]", "", escape(str(error)))
+                    made.add_row(fault.title, "[bold red]never[/bold red]", "", escape(str(error)))
                     continue
                 lost = f"{result.lost} of {result.sent}"
-                table.add_row(fault.title, f"[green]{result.seconds * 1000:.1f} ms[/green]", lost, fault.command)
-            self.console.print(table)
+                made.add_row(fault.title, f"[green]{milliseconds(result.seconds)}[/green]", lost, fault.command)
+            self.console.print(made)
         return good
-
-
-def hosts_table(hosts: Sequence[Host]) -> Table:
-    """What each host's kernel and daemon say now."""
-    table = _table("host", "underlay", "subnet", "VTEP", "MAC", "peers", "state")
-    for host in hosts:
-        daemon = host.daemon
-        subnet = daemon.subnet_env().get("FLANNEL_SUBNET", "")
-        link = host.run(f"ip -o link show dev {DEVICE}", check=False)
-        mac = re.search(r"link/ether (\S+)", link)
-        peers = len(peers_in_kernel(host)) if mac else 0
-        state = (
-            "[green]ready[/green]"
-            if daemon.ready
-            else "[yellow]starting[/yellow]"
-            if daemon.running
-            else "[red]dead[/red]"
-        )
-        network = str(IPv4Network(subnet, strict=False)) if subnet else "-"
-        table.add_row(
-            host.name, host.address, network, DEVICE if mac else "-", mac[1] if mac else "-", str(peers), state
-        )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=column != "command")
-    return table
-
-
-def _cell(result: PingResult | None) -> Text:
-    if result is None:
-        return Text("·", style="dim")
-    return Text(f"{result.rtt_avg:.3f}", style="green") if result.ok else Text(f"{result.lost} lost", style="bold red")
-
-
-def _bar(share: float, width: int = 40) -> str:
-    return "█" * max(1, round(share * width))
-
-
-def _explain_keep(console: Console, lab: Lab) -> None:
-    """How to look around in what was left running, and how to remove it."""
-    host = lab.hosts[0]
-    inside = f"sudo nsenter --net={host.ns.path}"
-    console.print("[bold]It keeps running. Look around:[/bold]")
-    for command in (
-        f"{inside} ip -d link show {DEVICE}",
-        f"{inside} ip route",
-        f"{inside} bridge fdb show dev {DEVICE}",
-        f"{inside} {Path(sys.executable).parent / 'flannelctl'} leases --etcd-endpoints={lab.etcd.endpoint}",
-        f"{inside} curl -s http://127.0.0.1:{host.daemon.healthz_port}/readyz",
-        f"less {host.daemon.log}",
-    ):
-        console.print(f"  {escape(command)}", soft_wrap=True)
-    console.print("[bold]Remove it:[/bold]")
-    console.print(f"  sudo script/demo --remove {lab.directory}", soft_wrap=True)
