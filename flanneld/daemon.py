@@ -19,6 +19,7 @@ from prometheus_client.core import Metric
 
 from flanneld.board import Board
 from flanneld.dataplane.assemble import make_dataplane
+from flanneld.dataplane.dataplane import Dataplane
 from flanneld.http import Answer, HealthServer, as_json, text
 from flanneld.lease_keeper import LeaseKeeper
 from flanneld.notify import notify, watchdog_interval
@@ -60,6 +61,7 @@ class Daemon:
         self.outputs = Outputs(options, self.board, self.health)
         self.wanted: WantedState | None = None
         self.reconciler: Reconciler | None = None
+        self.dataplane: Dataplane | None = None
         self._ready_told = False
         self._server: HealthServer | None = None
         self.metrics.collect_from(self._live_metrics)
@@ -99,7 +101,7 @@ class Daemon:
             self.board.stop(1)
 
     def _reconcile(self) -> None:
-        dataplane = make_dataplane(hooks_file(self.options.subnet_file))
+        dataplane = self.dataplane = make_dataplane(hooks_file(self.options.subnet_file))
         try:
             self.wanted = WantedState(
                 self.board, self.health, self.metrics, dataplane, self.options.iface_can_reach, self._data_path_stands
@@ -232,6 +234,7 @@ class Daemon:
             "peers": self.wanted.desired.peers if self.wanted and self.wanted.desired else 0,
             "refused": dict(self.wanted.desired.refused) if self.wanted and self.wanted.desired else {},
             "last_pass": self.wanted.last_pass if self.wanted else {},
+            "tunnels": self.dataplane.status() if self.dataplane else {},
             "watch_age": round(self._watch_age(), 3),
             "store_errors": self.store.status.errors,
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from backends.kernel_state import (
     Change,
@@ -55,6 +56,9 @@ class Lazy:
     def apply(self, changes: Sequence[Change]) -> list[Failure]:
         assert self.made is not None, "handles() comes first"
         return self.made.apply(changes)
+
+    def status(self) -> dict[str, Any]:
+        return {} if self.made is None else dict(getattr(self.made, "status", dict)())
 
     def fileno(self) -> int | None:
         return None if self.made is None else self.made.fileno()

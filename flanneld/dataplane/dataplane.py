@@ -14,7 +14,7 @@ import select
 import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 from backends.kernel_state import (
     Address,
@@ -32,10 +32,12 @@ from backends.kernel_state import (
     Sysctl,
 )
 from flanneld.dataplane import sysctl
+from flanneld.dataplane.follow import Follower
 from flanneld.dataplane.handler import Handler
 from flanneld.dataplane.look import Look
 from flanneld.dataplane.mirror import with_settings_of
 from flanneld.dataplane.netlink import MONITOR_BUFFER, Monitor, Netlink
+from flanneld.dataplane.view import View
 from flanneld.dataplane.write import Writer
 
 _RTNETLINK = frozenset({Address, FdbEntry, Neighbour, Route})
@@ -50,8 +52,10 @@ class Dataplane:
         self._sysctls: set[Key] = set()
         self._netlink = Netlink()
         self._monitor = Monitor(self._netlink.port_id, monitor_buffer)
-        self._look = Look(self._netlink, self._monitor)
-        self._writer = Writer(self._netlink, self._look)
+        self._view = View()
+        self._follower = Follower(self._monitor, self._view)
+        self._look = Look(self._netlink, self._follower, self._view)
+        self._writer = Writer(self._netlink, self._follower, self._look, self._view)
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def observe(self, scope: Scope) -> Observation:
@@ -59,15 +63,16 @@ class Dataplane:
 
         Raises OSError when the kernel cannot be asked.
         """
-        fresh = self._look.refresh(scope.devices, scope.networks)
-        mirror = self._look.mirror
+        self._view.limit_to(scope.devices, scope.networks)
+        fresh = self._look.refresh()
+        mirror = self._view.mirror
         sysctls = sysctl.observe(scope.sysctls)
         for key in self._sysctls | sysctls.keys():
             mirror.learn(key, sysctls.get(key))
         self._sysctls = set(sysctls)
         self._ask_handlers(scope)
         changed = mirror.take_changed()
-        return Observation(mirror.state, None if fresh else changed, self._look.interfaces.snapshot())
+        return Observation(mirror.state, None if fresh else changed, self._view.interfaces.snapshot())
 
     def apply(self, changes: Sequence[Change]) -> list[Failure]:
         """Make the changes, in order; those that failed."""
@@ -101,7 +106,7 @@ class Dataplane:
         for handler in self._handlers:
             if (descriptor := handler.fileno()) is not None:
                 poll.register(descriptor, select.POLLIN)
-        while not self._look.pending:
+        while self._look.blind or not self._view.pending:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = {descriptor for descriptor, _ in poll.poll(None if left is None else left * 1000)}
             if self._wakeup in ready:
@@ -109,7 +114,7 @@ class Dataplane:
                 return
             if not ready or ready - {self._monitor.fileno()}:
                 return
-            self._look.drain()
+            self._follower.drain()
 
     def wake(self) -> None:
         """End a ``wait``, the present one or the next. From any thread."""
@@ -117,15 +122,22 @@ class Dataplane:
 
     def invalidate(self) -> None:
         """Trust nothing that is remembered: the next observe looks at everything."""
-        self._look.invalidate()
+        self._view.stale.everything = True
         for handler in self._handlers:
             handler.invalidate()
+
+    def status(self) -> dict[str, Any]:
+        """What handlers have to say about the devices that they make, by device name. From any thread."""
+        told: dict[str, Any] = {}
+        for handler in self._handlers:
+            told |= getattr(handler, "status", dict)()
+        return told
 
     def close(self) -> None:
         for handler in self._handlers:
             handler.close()
         self._writer.close()
-        self._look.close()
+        self._view.close()
         self._monitor.close()
         self._netlink.close()
         os.close(self._wakeup)
@@ -145,7 +157,7 @@ class Dataplane:
 
     def _ask_handlers(self, scope: Scope) -> None:
         """Merge what the handlers see into the mirror; a Link of theirs gives its settings to rtnetlink's."""
-        mirror, links = self._look.mirror, self._look.links
+        mirror, links = self._view.mirror, self._view.links
         for number, handler in enumerate(self._handlers):
             before, now = self._answers[number], handler.observe(scope, links)
             self._answers[number] = now
@@ -180,5 +192,5 @@ class Dataplane:
             if failure is not None:
                 failures.append(failure)
             elif change.op == "put":
-                self._look.mirror.know(change.record.key, change.record)
+                self._view.mirror.know(change.record.key, change.record)
         return failures

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Final
+from typing import Any, Final
 
 from backends.kernel_state import Change, Failure, Foreign, Key, Link, Record, Scope, Wireguard, WireguardPeer
 from flanneld.dataplane.links import IFF_UP, IFINFOMSG
@@ -44,15 +44,6 @@ class _Device:
     listening: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceStatus:
-    """For status and metrics. ``handshakes``: by public key, Unix seconds of the last one, 0 for never."""
-
-    engine: str
-    listen_port: int
-    handshakes: Mapping[str, float] = field(default_factory=dict)
-
-
 class WireguardHandler:
     """The dataplane's handler for Link records with Wireguard settings and for WireguardPeer records."""
 
@@ -68,7 +59,7 @@ class WireguardHandler:
         self._devices: dict[str, _Device] = {}
         self._pinned: dict[Key, str] = {}
         self._links: dict[str, Link] = {}
-        self._status: dict[str, DeviceStatus] = {}
+        self._status: dict[str, dict[str, Any]] = {}
         self._answer: Mapping[Key, Record] = {}
         self._answer_current = False
         self._look = True
@@ -116,8 +107,10 @@ class WireguardHandler:
         for engine in self._engines:
             engine.close()
 
-    def status(self) -> dict[str, DeviceStatus]:
-        """What stands, by device name, as of the last look. From any thread."""
+    def status(self) -> dict[str, dict[str, Any]]:
+        """By device: who encrypts ("kernel" or "wireguard-go"), the port, how many peers, and how many of them have
+        shaken hands recently. As of the last look; a new object each time, so from any thread.
+        """
         return self._status
 
     # --- looking ---------------------------------------------------------------------------------------------------
@@ -139,11 +132,12 @@ class WireguardHandler:
             devices[name] = _Device(engine, state, not link.up or listens(state.listen_port))
         self._devices = devices
         self._status = {
-            name: DeviceStatus(
-                device.engine.name,
-                device.state.listen_port,
-                {key: peer.handshake for key, peer in device.state.peers.items()},
-            )
+            name: {
+                "engine": device.engine.name,
+                "listen_port": device.state.listen_port,
+                "peers": len(device.state.peers),
+                "alive": sum(self._fresh(peer) for peer in device.state.peers.values()),
+            }
             for name, device in devices.items()
         }
         self._pinned = {key: pinned for key, pinned in self._pinned.items() if key[1] in devices}

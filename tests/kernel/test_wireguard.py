@@ -61,9 +61,11 @@ def test_what_was_applied_is_what_is_observed_and_idle_writes_nothing(joined: Pa
     desired = a.desired(b.lease)
     assert a.one_pass(desired) == []
     assert a.handler is not None
-    assert {name: (s.engine, s.listen_port) for name, s in a.handler.status().items()} == {
-        "flannel-wg": (kind, 51820),
-        "flannel-wg-v6": (kind, 51821),
+    a.handler.invalidate()
+    a.one_pass(desired)
+    assert a.handler.status() == {
+        "flannel-wg": {"engine": kind, "listen_port": 51820, "peers": 1, "alive": 1},
+        "flannel-wg-v6": {"engine": kind, "listen_port": 51821, "peers": 1, "alive": 0},
     }
 
 

@@ -218,8 +218,9 @@ def test_a_second_implementation_serves_where_the_first_is_missing(bench: Bench)
     bench.handler.close()
     bench.handler = WireguardHandler((Missing("module"), bench.engine), look_seconds=3600)
     bench.converge(LINK)
+    bench.handler.invalidate()
     bench.observe()
-    assert bench.handler.status()[DEV].engine == "memory"
+    assert bench.handler.status()[DEV] == {"engine": "memory", "listen_port": 51820, "peers": 0, "alive": 0}
 
 
 def test_a_device_that_lost_its_port_differs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
