@@ -17,7 +17,8 @@ class PeerTable:
 
     def __init__(self) -> None:
         self._by_mask: dict[int, dict[int, Hop]] = {}
-        self._senders: Counter[Hop] = Counter()
+        self.senders: Counter[Hop] = Counter()
+        """The addresses and ports that peers send from: no other may."""
         self._subnets: dict[str, Hop] = {}
         self._lookups: list[tuple[int, dict[int, Hop]]] = []
 
@@ -28,7 +29,7 @@ class PeerTable:
         self.remove(subnet)
         self._subnets[subnet] = hop
         self._by_mask.setdefault(int(network.netmask), {})[int(network.network_address)] = hop
-        self._senders[hop] += 1
+        self.senders[hop] += 1
         self._rank()
 
     def remove(self, subnet: str) -> None:
@@ -42,9 +43,9 @@ class PeerTable:
         if not self._by_mask[mask]:
             del self._by_mask[mask]
             self._rank()
-        self._senders[hop] -= 1
-        if not self._senders[hop]:
-            del self._senders[hop]
+        self.senders[hop] -= 1
+        if not self.senders[hop]:
+            del self.senders[hop]
 
     def update(self, put: Iterable[Any], remove: Iterable[str]) -> None:
         for subnet in remove:
@@ -59,10 +60,6 @@ class PeerTable:
             if hop is not None:
                 return hop
         return None
-
-    def knows(self, sender: Hop) -> bool:
-        """Whether a datagram from this address and port comes from a peer."""
-        return sender in self._senders
 
     def entries(self) -> list[tuple[str, str, int]]:
         return [(subnet, *hop) for subnet, hop in self._subnets.items()]
