@@ -14,7 +14,7 @@ from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from struct import Struct
 from typing import Final, Literal
 
-from backends.kernel_state import Address, FdbEntry, InterfaceAddress, Key, Kind, Neighbour, Route
+from backends.kernel_state import Address, FdbEntry, InterfaceAddress, Key, Kind, Neighbour, Route, RouteLookup
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
@@ -33,6 +33,7 @@ RTMSG: Final = Struct("=8BI")  # family, dst_len, src_len, tos, table, protocol,
 NDMSG: Final = Struct("=BBHiHBB")  # family, pad, pad, ifindex, state, flags, type
 IFADDRMSG: Final = Struct("=4Bi")  # family, prefixlen, flags, scope, ifindex
 U32: Final = Struct("=I")
+_NEXTHOP: Final = Struct("=HxxI")  # length, flags and hops, ifindex
 
 MAIN_TABLE: Final = 254
 COMPAT_TABLE: Final = 252  # "see RTA_TABLE": the number does not fit a byte, so it is not the main table
@@ -84,6 +85,11 @@ def attributes(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, in
 
 def family_of(address: str) -> int:
     return AF_INET6 if ":" in address else AF_INET
+
+
+def is_link_local(address: str) -> bool:
+    """Whether the text is an IPv6 address in fe80::/10."""
+    return address.startswith(("fe8", "fe9", "fea", "feb"))
 
 
 def pack_mac(mac: str) -> bytes:
@@ -250,6 +256,22 @@ def decode_route(
         metric or None,
         form,
     )
+
+
+def first_hop(data: bytes, start: int, end: int, names: Mapping[int, str]) -> RouteLookup | None:
+    """The first way of a multipath route; None if the route has none."""
+    family = data[start]
+    for attr, begin, stop in attributes(data, start + 12, end):
+        if attr != RTA_MULTIPATH or stop - begin < 8:
+            continue
+        size, index = _NEXTHOP.unpack_from(data, begin)
+        via = None
+        for inner, first, last in attributes(data, begin + 8, min(begin + size, stop)):
+            if inner == RTA_GATEWAY:
+                via = inet_ntop(family, data[first:last])
+        if index in names:
+            return RouteLookup(names[index], via, None)
+    return None
 
 
 # The order and sizes in which the kernel has always written these; anything else takes the long way.

@@ -10,9 +10,11 @@ from typing import Final
 from backends.kernel_state import Address, Change, Failure, FdbEntry, Ipip, Link, Neighbour, Route, Vxlan
 from flanneld.dataplane import links as link_wire
 from flanneld.dataplane import modules
+from flanneld.dataplane.follow import Follower
 from flanneld.dataplane.links import RawLink
 from flanneld.dataplane.look import Look
 from flanneld.dataplane.netlink import Message, Netlink, NetlinkError
+from flanneld.dataplane.view import View
 from flanneld.dataplane.wire import (
     NLM_F_CREATE,
     NLM_F_EXCL,
@@ -41,9 +43,11 @@ _PUT: Final = NLM_F_CREATE | NLM_F_REPLACE
 class Writer:
     """Writes, and lets the mirror know what was acknowledged."""
 
-    def __init__(self, netlink: Netlink, look: Look) -> None:
+    def __init__(self, netlink: Netlink, follower: Follower, look: Look, view: View) -> None:
         self._netlink = netlink
+        self._follower = follower
         self._look = look
+        self._view = view
         self._ethtool = link_wire.Ethtool()
 
     def close(self) -> None:
@@ -61,9 +65,9 @@ class Writer:
         for _, group in groupby(changes, lambda change: change.op):
             run = list(group)
             for first in range(0, len(run), SLICE):
-                self._look.drain()
+                self._follower.drain()
                 failures += self._slice(run[first : first + SLICE])
-        self._look.drain()
+        self._follower.drain()
         return failures
 
     def _slice(self, changes: Sequence[Change]) -> list[Failure]:
@@ -83,11 +87,11 @@ class Writer:
                 dev = getattr(change.record, "dev", None)
                 failures.append(Failure(change, "ENODEV", f"{describe(change)}: there is no interface {dev}"))
             else:
-                self._look.mirror.know(change.record.key, None)
+                self._view.mirror.know(change.record.key, None)
         try:
             answers = self._netlink.batch(requests)
         except OSError as error:  # what became of each is unknown: look again
-            self._look.invalidate()
+            self._view.stale.everything = True
             cause = errno.errorcode.get(error.errno or 0, "netlink")
             return failures + [Failure(change, cause, f"{describe(change)}: netlink: {error}") for change in sent]
         for change, answer in zip(sent, answers, strict=True):
@@ -101,9 +105,9 @@ class Writer:
 
     def _done(self, change: Change) -> None:
         record = change.record
-        self._look.mirror.know(record.key, record if change.op == "put" else None)
+        self._view.mirror.know(record.key, record if change.op == "put" else None)
         if isinstance(record, Address):
-            self._look.own_address(record, there=change.op == "put")
+            self._view.own_address(record, there=change.op == "put")
 
     def _remove_and_put(self, change: Change, refusal: NetlinkError | None) -> NetlinkError | None:
         assert change.previous is not None
@@ -112,14 +116,14 @@ class Writer:
             return refusal
         _, refused = self._netlink.batch([request for request in requests if request])
         if refused is not None:
-            self._look.mirror.learn(change.record.key, None)
+            self._view.mirror.learn(change.record.key, None)
         return refused
 
     def _message(self, change: Change) -> Message | None:
         """None where the interface is not there."""
         record, put = change.record, change.op == "put"
         assert isinstance(record, (Route, Neighbour, FdbEntry, Address))
-        index = self._look.interfaces.index(record.dev) if record.dev is not None else None
+        index = self._view.interfaces.index(record.dev) if record.dev is not None else None
         if isinstance(record, Route):
             if index is None and record.dev is not None:
                 return None
@@ -143,7 +147,7 @@ class Writer:
         """Make, alter or remove a device. ``made_elsewhere``: a handler has made it; MTU, MAC and up are left to do."""
         link = change.record
         assert isinstance(link, Link)
-        self._look.drain()
+        self._follower.drain()
         try:
             standing = self._look.look_at(link.name)
             if change.op == "remove":
@@ -164,7 +168,7 @@ class Writer:
         return None
 
     def _make(self, link: Link, standing: RawLink | None, made_elsewhere: bool) -> None:
-        names = self._look.interfaces.names
+        names = self._view.interfaces.names
         if standing is not None:
             self._refuse_other_kind(link, standing)
             settings = link.settings if made_elsewhere else link_wire.settings_of(standing, names.get)
@@ -205,12 +209,12 @@ class Writer:
     def _alter(self, link: Link, seen: Link, index: int) -> None:
         underlay = self._underlay(link) if isinstance(link.settings, (Vxlan, Ipip)) else 0
         for body in link_wire.alter_bodies(link, seen, index, underlay):
-            self._look.look_again(index)
+            self._view.look_again(index)
             self._netlink.request(RTM_NEWLINK, 0, body)
 
     def _underlay(self, link: Link) -> int:
         assert isinstance(link.settings, (Vxlan, Ipip))
-        index = self._look.interfaces.index(link.settings.underlay)
+        index = self._view.interfaces.index(link.settings.underlay)
         if index is None:
             raise NetlinkError(errno.ENODEV, f"there is no interface {link.settings.underlay} to carry it")
         return index
@@ -223,18 +227,18 @@ class Writer:
         except NetlinkError as error:
             if error.errno not in GONE:
                 raise
-        self._look.forget_link(standing.index)
+        self._view.forget_link(standing.index)
 
     def _see(self, name: str) -> None:
         """Take the device as it is now into the mirror, so that what follows in this pass finds it."""
         try:
             now = self._look.look_at(name)
         except OSError:
-            self._look.invalidate()
+            self._view.stale.everything = True
             return
         if now is not None:
-            self._look.take_link(now)
-            self._look.own_write(name)
+            self._view.take_link(now)
+            self._view.own_write(name)
 
     def _link_remedy(self, link: Link, error: NetlinkError) -> str:
         settings = link.settings
@@ -246,14 +250,14 @@ class Writer:
                 return f". {rival or 'Another device or program'} uses VNI {settings.vni} or UDP port {settings.port}; choose another VNI or Port, or remove it"
             if error.errno in (errno.EINVAL, errno.ERANGE):
                 overhead = 70 if ":" in settings.local else 50
-                under = self._look.interfaces.by_name(settings.underlay)
+                under = self._view.interfaces.by_name(settings.underlay)
                 if under is not None and link.mtu > under.mtu - overhead:
                     return f". An MTU of {link.mtu} does not fit {under.name} (MTU {under.mtu}): at most {under.mtu - overhead}"
         return ""
 
     def _rival(self, name: str, settings: Vxlan) -> str | None:
         """Another vxlan device with the same VNI."""
-        table = self._look.interfaces
+        table = self._view.interfaces
         for raw in table.links.values():
             other = link_wire.settings_of(raw, table.names.get)
             if raw.name != name and isinstance(other, Vxlan) and other.vni == settings.vni:

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from backends.kernel_state import Address, Change, FdbEntry, Foreign, Kind, Link, Neighbour, Record, Route, Scope
+from backends.kernel_state import (
+    Address,
+    Change,
+    FdbEntry,
+    Foreign,
+    Kind,
+    Link,
+    Neighbour,
+    Record,
+    Route,
+    RouteLookup,
+    Scope,
+)
 from flanneld.dataplane.dataplane import Dataplane
 from tests.kernel.netlink_host import DEV, DEV6, DIRECT, HOST, LINK, LINK6, Host, open_host, peer, peer6
 
@@ -207,6 +219,20 @@ def test_route_lookups_and_default_routes(host: Host) -> None:
     assert found is not None and (found.dev, found.via, found.src) == ("eth0", None, "192.168.7.1")
     found = dataplane.lookup("fd00:7::5")
     assert found is not None and (found.dev, found.via, found.src) == ("eth0", None, "fd00:7::1")
+
+
+def test_default_routes_are_followed(host: Host) -> None:
+    host.observe()
+    dataplane = host.dataplane
+    assert dataplane.default_route(4) is None
+    host.ip("route add default via 192.168.7.254")
+    assert dataplane.default_route(4) == RouteLookup("eth0", "192.168.7.254", None)
+    host.ip("route replace default nexthop via 192.168.7.251 nexthop via 192.168.7.252")
+    assert dataplane.default_route(4) == RouteLookup("eth0", "192.168.7.251", None)
+    host.ip("-6 route add default nexthop via fd00:7::a nexthop via fd00:7::b")
+    assert dataplane.default_route(6) == RouteLookup("eth0", "fd00:7::a", None)
+    host.ip("link set eth0 down")  # without a word about IPv4
+    assert dataplane.default_route(4) is None
 
 
 @pytest.mark.parametrize(
