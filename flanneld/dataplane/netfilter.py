@@ -32,7 +32,9 @@ Part = tuple[Literal["iptables", "nftables"], Family]
 PARTS: Final[tuple[Part, ...]] = (("iptables", 4), ("iptables", 6), ("nftables", 4), ("nftables", 6))
 
 LEGACY_POLL: Final = 1.0
-"""Seconds between two looks at iptables-legacy's fingerprint, at most."""
+"""Seconds between two looks at iptables-legacy's fingerprint, at least."""
+LEGACY_SHARE: Final = 50
+"""A look that takes t seconds (tens of thousands of rules) is not repeated within LEGACY_SHARE × t."""
 RIVAL_PUTS: Final = 3
 """A rule that comes back before our jump this often is let stand: someone else insists, and two would fight for ever."""
 
@@ -133,10 +135,10 @@ class Netfilter:
         now = self._clock()
         if now < self._legacy_due:
             return
-        self._legacy_due = now + LEGACY_POLL
         for family in FAMILIES:
             if self._legacy_changed(family):
                 self._stale.add(("iptables", family))
+        self._legacy_due = now + max(LEGACY_POLL, LEGACY_SHARE * (self._clock() - now))
 
     def _legacy_changed(self, family: Family) -> bool:
         digest = netfilter_legacy.digest(family)

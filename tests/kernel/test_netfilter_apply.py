@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import socket
 
 import pytest
 from hypothesis import given, settings
@@ -230,6 +231,17 @@ def test_a_lost_message_is_noticed_by_the_resync(host, namespace):
         host.handler._monitor._socket.recv(1 << 18)
     assert host.observe(firewall) == state_of(*firewall)
     host.handler.invalidate()
+    assert host.observe(firewall) == {}
+
+
+@pytest.mark.field_problem(18)
+def test_a_flood_of_messages_leads_to_a_fresh_look(host, namespace):
+    firewall = wanted("nftables", families=(4,))
+    host.converge(firewall)
+    host.observe(firewall)
+    host.handler._monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    chains = "".join(f"add chain ip other c{number}\n" for number in range(2000))
+    namespace.run("nft -f -", stdin="add table ip other\n" + chains + "delete table ip flannel-ipv4\n")
     assert host.observe(firewall) == {}
 
 

@@ -7,6 +7,7 @@ group 224.0.0.9        └ underlay ── 192.0.2.2 outside
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import shutil
 import socket
@@ -264,6 +265,26 @@ def test_pods_reach_each_other_in_spite_of_the_hosts_forward_chain(town, flavour
         town.pod.run(f"ping -c 3 -i 0.2 -W 2 {plan.remote}")
         town.outside.run(f"ping -c 1 -W 2 {plan.pod}")
     assert host.observe(wanted(mode)) == state_of(*wanted(mode))
+
+
+@pytest.mark.field_problem(28)
+def test_replacing_rules_and_switching_modes_loses_no_packet(town, flavour):
+    """In iptables mode under policy DROP, so that a moment without our rules would show."""
+    host, mode, programs = flavour
+    if mode == "iptables":
+        town.host.run(f"iptables-{programs.variant} -P FORWARD DROP")
+    host.converge(wanted(mode))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        ping = pool.submit(town.pod.run, "ping -q -i 0.01 -c 150 -W 1 10.244.2.2")
+        turn = 0
+        while not ping.done():
+            turn += 1
+            host.converge(wanted(mode, keep=f"192.0.{turn}.0/24"))
+            if mode == "nftables":
+                host.converge(wanted("iptables"))
+                host.converge(wanted("nftables"))
+    assert turn > 3
+    assert " 0% packet loss" in ping.result()
 
 
 @pytest.mark.field_problem(24)
