@@ -137,7 +137,8 @@ def choose(
 def _kept(leases: Iterable[Lease], request: LeaseRequest) -> Subnets:
     for lease in leases:
         if _overlaps(lease, request.previous):
-            owner = lease.attrs.node.name if lease.attrs.node else str(lease.attrs.public_ip or lease.attrs.public_ipv6)
+            address = lease.attrs.public_ip or lease.attrs.public_ipv6
+            owner = lease.attrs.node.name if lease.attrs.node else str(address or "an entry that cannot be read")
             raise SubnetTaken(
                 f"subnet {subnet_key(*request.previous)} of this node is now leased to {owner!r} as {lease.key}. "
                 f"This node keeps its data path; release the other lease (flannelctl release {lease.key}), or drain "

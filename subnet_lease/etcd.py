@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,10 +24,10 @@ import grpc
 import structlog
 
 from subnet_lease import allocation
-from subnet_lease.etcd_connection import EtcdConnection, EtcdLeaseGone
-from subnet_lease.etcd_watch import EtcdStatus, SnapshotWatch, decode_lease
+from subnet_lease.etcd_connection import EtcdConnection, EtcdLeaseGone, clean_prefix
+from subnet_lease.etcd_watch import EtcdStatus, LeaseReader, SnapshotWatch, decode_lease
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, subnet_key
-from subnet_lease.lease_wire import encode_attrs
+from subnet_lease.lease_wire import encode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import (
     AccessDenied,
@@ -34,6 +35,7 @@ from subnet_lease.store import (
     LeaseLost,
     LeaseRequest,
     NodeHints,
+    OutOfSubnets,
     SetupError,
     StoreError,
     StoreUnavailable,
@@ -80,7 +82,7 @@ class EtcdStore:
         """``instance`` tells this machine from a clone of it; by default the kernel's boot id."""
         if not 1 <= renew_margin_minutes <= 1439:
             raise SetupError(f"--subnet-lease-renew-margin {renew_margin_minutes}: must be 1 to 1439 minutes")
-        self._prefix = prefix.rstrip("/")
+        self._prefix = clean_prefix(prefix)
         self._connection = EtcdConnection(
             endpoints,
             keyfile=keyfile,
@@ -94,7 +96,8 @@ class EtcdStore:
         self._instance = boot_id() if instance is None else instance
         self._status = EtcdStatus()
         self._held: frozenset[str] = frozenset()
-        self._watch = SnapshotWatch(self._connection, self._prefix, self._status, lambda: self._held)
+        self._reader = LeaseReader()
+        self._watch = SnapshotWatch(self._connection, self._prefix, self._status, lambda: self._held, self._reader)
         self._renewed: dict[int, float] = {}  # etcd lease id -> time.monotonic() of its last renewal
         self._up = _UpKey(self._connection, self._prefix, self._instance)
         self._random = random.Random()
@@ -220,7 +223,10 @@ class EtcdStore:
             if subnets == request.previous if request.keep else allocation.fits(config, subnets):
                 return self._take_back(own, attrs)
         others = [lease for lease in leases if lease is not own]
-        subnets = allocation.choose(config, others, request, self._random.randrange)
+        try:
+            subnets = allocation.choose(config, others, request, self._random.randrange)
+        except OutOfSubnets as error:
+            raise OutOfSubnets(f"{error}{self._silent(others)}") from None
         if own is not None and allocation.overlapping([own], subnets):
             # Ours, but of another shape: it makes room for the new one.
             self._discard(own)
@@ -323,10 +329,17 @@ class EtcdStore:
         return self._subnets + name
 
     def _list(self) -> list[Lease]:
-        """All leases in one range read; unreadable ones are left out, as the watch tells of them."""
+        """All leases in one range read. One with an unreadable value still takes its subnet; the watch tells of it."""
         answer = self._connection.call("read the leases", lambda client: client.get_prefix_response(self._subnets))
-        leases = (self._decode(kv.key, kv.value, kv.mod_revision, kv.lease) for kv in answer.kvs)
-        return [lease for lease in leases if lease is not None]
+        leases = []
+        for kv in answer.kvs:
+            name = kv.key.decode("utf-8", "replace").removeprefix(self._subnets)
+            try:
+                leases.append(self._reader.read(name, kv)[1])
+            except ValueError:
+                with suppress(ValueError):
+                    leases.append(Lease(*parse_subnet_key(name), LeaseAttrs(), revision=kv.mod_revision))
+        return leases
 
     def _read(self, name: str) -> Lease | None:
         answer = self._connection.call("read the lease", lambda client: client.get_response(self._key(name)))
@@ -339,6 +352,19 @@ class EtcdStore:
             return decode_lease(key.decode("utf-8", "replace").removeprefix(self._subnets), value, revision, lease_id)
         except ValueError:
             return None
+
+    def _silent(self, leases: Sequence[Lease]) -> str:
+        """Whose leases could be reclaimed: owners that ought to give a sign of life, and give none."""
+        with suppress(StoreError):
+            signs = self._up.names()
+            silent = [lease for lease in leases if lease.attrs.node and lease.key not in signs]
+            if silent:
+                some = ", ".join(
+                    f"{lease.key} of {lease.attrs.node.name!r}" for lease in silent[:5] if lease.attrs.node
+                )
+                more = f" and {len(silent) - 5} more" if len(silent) > 5 else ""
+                return f". Not alive now, so perhaps to be reclaimed: {some}{more}"
+        return ""
 
     def _liveness(self, request: LeaseRequest) -> Callable[[Lease], bool]:
         """Answers by reading an owner's sign of life, for the few leases that the question arises for."""
@@ -437,6 +463,13 @@ class _UpKey:
             except (ValueError, KeyError, TypeError):
                 return ""
         return None
+
+    def names(self) -> frozenset[str]:
+        """The leases whose owners give a sign of life."""
+        answer = self._connection.call(
+            "read the signs of life", lambda client: client.get_prefix_response(self._prefix, keys_only=True)
+        )
+        return frozenset(kv.key.decode("utf-8", "replace").removeprefix(self._prefix) for kv in answer.kvs)
 
     def hold(self, name: str, node: str) -> None:
         """Show that the owner of this lease runs; to be repeated within UP_TTL."""

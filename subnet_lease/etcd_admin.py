@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from subnet_lease.etcd_connection import EtcdConnection
+from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
 from subnet_lease.etcd_watch import EtcdStatus, SnapshotWatch, decode_lease
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import encode_attrs
@@ -30,7 +30,7 @@ class EtcdAdmin:
 
     def __init__(self, connection: EtcdConnection, prefix: str) -> None:
         self._connection = connection
-        self._prefix = "/" + prefix.strip("/")
+        self._prefix = clean_prefix(prefix)
         self._watch: SnapshotWatch | None = None
 
     @property

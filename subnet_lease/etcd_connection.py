@@ -57,6 +57,11 @@ def parse_endpoint(text: str) -> tuple[bool, str, int]:
     return parts[1] == "https", parts[2], port
 
 
+def clean_prefix(prefix: str) -> str:
+    """The prefix as flannel uses it: no slash at its end, none doubled; a missing first slash stays missing."""
+    return re.sub("/+", "/", prefix).rstrip("/")
+
+
 class EtcdConnection:
     """Calls and streams over whichever endpoint answers. Safe to use from several threads."""
 

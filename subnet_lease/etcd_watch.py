@@ -35,8 +35,14 @@ SILENT: Final = 6.0
 """Seconds to wait for that sign before the stream is given up; with QUIET, a dead one is found within 10 s."""
 BACKOFF: Final = (0.1, 5.0)
 """First and longest pause, in seconds, between attempts."""
+STORM: Final = 0.005
+"""Seconds for which changes are collected when one snapshot follows another at once; the first is never delayed."""
 GRACE: Final = 60.0
 """Seconds for which the leases of a wiped or restored etcd are kept while their owners claim them again."""
+
+
+Mark = tuple[int, int, int]
+"""Revision, etcd lease and hash of a value: what tells two versions of a key apart."""
 
 
 def decode_lease(key: str, value: bytes, revision: int, lease_id: int) -> Lease:
@@ -44,6 +50,26 @@ def decode_lease(key: str, value: bytes, revision: int, lease_id: int) -> Lease:
     v4, v6 = parse_subnet_key(key)
     attrs = decode_attrs(value.decode("utf-8", "replace"))
     return Lease(v4, v6, attrs, revision=revision, reservation=lease_id == 0, store_ref=lease_id)
+
+
+class LeaseReader:
+    """Decodes leases and remembers them: a start reads the same list three times, and decoding is what costs."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Mark, Lease]] = {}
+
+    def read(self, key: str, kv: Any) -> tuple[Mark, Lease]:
+        """The mark and the lease of a key-value pair; ValueError says what is wrong with it."""
+        known = self._known.get(key)
+        mark = (kv.mod_revision, kv.lease, hash(kv.value))
+        if known is not None and known[0] == mark:
+            return known
+        known = mark, decode_lease(key, kv.value, kv.mod_revision, kv.lease)
+        self._known[key] = known
+        return known
+
+    def forget(self, key: str) -> None:
+        self._known.pop(key, None)
 
 
 @dataclass
@@ -77,13 +103,16 @@ class EtcdStatus:
 class SnapshotTable:
     """The leases and the configuration as last read. Knows nothing of connections."""
 
-    def __init__(self, prefix: str, status: EtcdStatus, held: Callable[[], frozenset[str]]) -> None:
+    def __init__(
+        self, prefix: str, status: EtcdStatus, held: Callable[[], frozenset[str]], reader: LeaseReader
+    ) -> None:
+        self._reader = reader
         self._config_key = f"{prefix}/config".encode()
         self._subnets = f"{prefix}/subnets/".encode()
         self._status = status
         self._held = held
         self._bad: dict[str, int] = {}
-        self._marks: dict[str, tuple[int, int]] = {}  # key -> revision and hash of the value
+        self._marks: dict[str, Mark] = {}
         self._lingering: dict[str, float] = {}  # key -> time.monotonic() at which it goes
         self._config_text: bytes | None = None
         self.leases: dict[str, Lease] = {}
@@ -96,12 +125,12 @@ class SnapshotTable:
             return None
         return LeaseSnapshot(self.config, MappingProxyType(self.leases.copy()), self.revision)
 
-    def witness(self) -> tuple[bytes, int, int] | None:
-        """The youngest lease known, as key, revision and hash: if etcd still agrees, it is the etcd we knew."""
+    def witness(self) -> tuple[bytes, Mark] | None:
+        """The youngest lease known: if etcd still has it just so, it is the etcd that we knew."""
         if not self._marks:
             return None
         key, mark = max(self._marks.items(), key=lambda item: item[1][0])
-        return self._subnets + key.encode(), *mark
+        return self._subnets + key.encode(), mark
 
     def replace(self, kvs: Iterable[Any], revision: int, other_history: bool = False) -> bool:
         """Take a complete list; true if a reader would see a difference.
@@ -169,18 +198,17 @@ class SnapshotTable:
 
     def _put(self, kv: Any) -> bool:
         key = kv.key[len(self._subnets) :].decode("utf-8", "replace")
-        value_hash = hash(kv.value)
-        mark = (kv.mod_revision, value_hash)
-        if self._marks.get(key) == mark:
-            return False
         try:
-            lease = decode_lease(key, kv.value, kv.mod_revision, kv.lease)
+            mark, lease = self._reader.read(key, kv)
         except ValueError as error:
+            value_hash = hash(kv.value)
             if self._bad.get(key) != value_hash:
                 self._bad[key] = value_hash
                 self._status.counts["bad_key"] += 1
                 known = "its last good value stays in use" if key in self.leases else "it is ignored"
                 log.warning(f"unreadable lease in etcd; {known}", key=key, error=str(error))
+            return False
+        if self._marks.get(key) == mark:
             return False
         self._bad.pop(key, None)
         self._marks[key] = mark
@@ -199,6 +227,7 @@ class SnapshotTable:
             self._bad.pop(key, None)
             self._marks.pop(key, None)
             self._lingering.pop(key, None)
+            self._reader.forget(key)
             changed |= self.leases.pop(key, None) is not None
         return changed
 
@@ -269,16 +298,21 @@ class WatchStream:
 
     def next(self, timeout: float) -> list[Any]:
         """All responses that are there, or the next one within ``timeout`` seconds; StreamEnded if it is over."""
+        try:
+            first = self._take(timeout)
+        except queue.Empty:
+            return []
+        return [first, *self.drain()]
+
+    def drain(self) -> list[Any]:
+        """What is there now; the end of the stream, if that is there, is left for ``next``."""
         responses: list[Any] = []
         try:
-            responses.append(self._take(timeout))
             while len(responses) < 10_000:
                 responses.append(self._take(0))
         except queue.Empty:
             pass
         except StreamEnded as end:
-            if not responses:
-                raise
             self._responses.put(end)
         return responses
 
@@ -310,12 +344,18 @@ class SnapshotWatch:
     """Lists, watches, resumes and re-lists until closed, and yields complete snapshots."""
 
     def __init__(
-        self, connection: EtcdConnection, prefix: str, status: EtcdStatus, held: Callable[[], frozenset[str]]
+        self,
+        connection: EtcdConnection,
+        prefix: str,
+        status: EtcdStatus,
+        held: Callable[[], frozenset[str]],
+        reader: LeaseReader | None = None,
     ) -> None:
+        """``held`` names the leases of this node: after a wipe they must be seen to be gone."""
         self._connection = connection
         self._prefix = prefix
         self._status = status
-        self._table = SnapshotTable(prefix, status, held)
+        self._table = SnapshotTable(prefix, status, held, reader or LeaseReader())
         self._closed = threading.Event()
         self._stream: WatchStream | None = None
         self._history: tuple[int, int] | None = None  # cluster id and raft term of the last list
@@ -388,11 +428,11 @@ class SnapshotWatch:
         witness = self._table.witness()
         if self._relist or witness is None:
             return False
-        key, revision, value_hash = witness
+        key, mark = witness
         answer = self._connection.call("read the leases", lambda client: client.get_response(key))
         if self._other_history(answer.header):
             return False
-        return bool(answer.kvs) and (answer.kvs[0].mod_revision, hash(answer.kvs[0].value)) == (revision, value_hash)
+        return any((kv.mod_revision, kv.lease, hash(kv.value)) == mark for kv in answer.kvs)
 
     def _follow(self) -> Iterator[LeaseSnapshot]:
         """Watch from the revision after the last one read, until the stream ends."""
@@ -402,9 +442,13 @@ class SnapshotWatch:
             if self._closed.is_set():
                 return
             asked: float | None = None
+            told = float("-inf")
             while True:
                 responses = stream.next(self._patience(asked))
                 now = time.monotonic()
+                if responses and now - told < 2 * STORM:
+                    self._closed.wait(STORM)
+                    responses += stream.drain()
                 if responses:
                     asked = None
                     self._status.alive()
@@ -419,6 +463,7 @@ class SnapshotWatch:
                 changed = self._table.apply(event for response in responses for event in response.events)
                 if self._table.expire() or changed:
                     yield self._snapshot()
+                    told = time.monotonic()
         finally:
             self._stream = None
             stream.close()
