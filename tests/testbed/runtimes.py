@@ -186,10 +186,53 @@ class Podman(Runtime):
         super().close()
 
 
+class Docker:
+    """dockerd with the options that ``flannelctl docker-opts`` wrote, or with others."""
+
+    def __init__(self, host: Host, options: Sequence[str], root: Path) -> None:
+        self.host = host
+        self.root = root
+        self.directory = Path(tempfile.mkdtemp(prefix="fldk-", dir="/tmp"))
+        self.socket = self.directory / "d.sock"
+        self.log = self.directory / "log"
+        self.start(options)
+        self.docker("import", str(root), busybox.NAME)
+
+    def start(self, options: Sequence[str]) -> None:
+        self.process = self.host.ns.start([
+            "dockerd", f"--host=unix://{self.socket}", f"--data-root={self.directory}/data",
+            f"--exec-root={self.directory}/exec", f"--pidfile={self.directory}/pid", "--storage-driver=vfs", *options,
+        ], log=self.log)  # fmt: skip
+        wait_until(lambda: self.docker("version") or self.process.poll(), 60, self.log.read_text)
+
+    def docker(self, *words: str, timeout: float = 60) -> str:
+        return self.host.run(["docker", f"--host=unix://{self.socket}", *words], timeout=timeout)
+
+    def run(self, name: str, *command: str, flags: Sequence[str] = ()) -> str:
+        """Run a container in the background; its address."""
+        self.docker("run", "--detach", "--name", name, *flags, busybox.NAME, *command)
+        template = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+        return self.docker("inspect", f"--format={template}", name).strip()
+
+    def stop(self) -> None:
+        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+            if names := self.docker("ps", "--all", "--quiet").split():
+                self.docker("rm", "--force", *names)
+        end(self.process, timeout=20)
+
+    def close(self) -> None:
+        self.stop()
+        # What a killed dockerd leaves mounted would keep its directory.
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            if (point := line.split()[4]).startswith(f"{self.directory}/"):
+                subprocess.run(["umount", "--lazy", point], check=False)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def closing_all() -> Iterator[list[Runtime]]:
+def closing_all() -> Iterator[list[Runtime | Docker]]:
     """A list of runtimes; all are closed at the end, whatever happened."""
-    made: list[Runtime] = []
+    made: list[Runtime | Docker] = []
     try:
         yield made
     finally:
