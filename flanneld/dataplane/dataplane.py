@@ -56,6 +56,7 @@ class Dataplane:
         self._follower = Follower(self._monitor, self._view)
         self._look = Look(self._netlink, self._follower, self._view)
         self._writer = Writer(self._netlink, self._follower, self._look, self._view)
+        self._closed = False
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def observe(self, scope: Scope) -> Observation:
@@ -118,7 +119,8 @@ class Dataplane:
 
     def wake(self) -> None:
         """End a ``wait``, the present one or the next. From any thread."""
-        os.eventfd_write(self._wakeup, 1)
+        if not self._closed:
+            os.eventfd_write(self._wakeup, 1)
 
     def invalidate(self) -> None:
         """Trust nothing that is remembered: the next observe looks at everything."""
@@ -134,12 +136,14 @@ class Dataplane:
         return told
 
     def close(self) -> None:
+        """Let go of sockets; the kernel keeps its state. Twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
         for handler in self._handlers:
             handler.close()
-        self._writer.close()
-        self._view.close()
-        self._monitor.close()
-        self._netlink.close()
+        for part in (self._writer, self._view, self._monitor, self._netlink):
+            part.close()
         os.close(self._wakeup)
 
     # --- handlers --------------------------------------------------------------------------------------------------

@@ -132,8 +132,8 @@ def open_host(label: str, **options: int) -> Iterator[Host]:
         ns.run("ip addr add 192.168.7.1/16 dev eth0")
         ns.run("ip addr add fd00:7::1/64 dev eth0 nodad")
         with ns.inside():
-            dataplane = Dataplane(**options)  # type: ignore[arg-type]
+            host = Host(ns, Dataplane(**options))  # type: ignore[arg-type]
             try:
-                yield Host(ns, dataplane)
+                yield host
             finally:
-                dataplane.close()
+                host.dataplane.close()
