@@ -39,6 +39,15 @@ def conflist(host: Host, directory: Path, **flannel: Any) -> dict[str, Any]:
     }
 
 
+def remove(directory: Path) -> None:
+    """Remove a runtime's directory, and first what it left mounted there."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed(points):
+        if point.startswith(f"{directory}/"):
+            subprocess.run(["umount", "--lazy", point], check=False)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 class Runtime:
     """What the runtimes share: directories, the CNI configuration, a command line in the host's namespace."""
 
@@ -68,7 +77,7 @@ class Runtime:
         return {path.name for path in data.iterdir()} if data.exists() else set()
 
     def close(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove(self.directory)
 
 
 class Containerd(Runtime):
@@ -222,11 +231,7 @@ class Docker:
 
     def close(self) -> None:
         self.stop()
-        # What a killed dockerd leaves mounted would keep its directory.
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            if (point := line.split()[4]).startswith(f"{self.directory}/"):
-                subprocess.run(["umount", "--lazy", point], check=False)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove(self.directory)
 
 
 @contextlib.contextmanager
