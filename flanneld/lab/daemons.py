@@ -104,12 +104,13 @@ class Daemon:
         def ready_or_dead() -> bool:
             return self.ready or not self.running
 
-        wait_until(ready_or_dead, timeout, lambda: f"{self.host.name}: flanneld ready: {self._why_not()}")
+        wait_until(ready_or_dead, timeout, lambda: f"{self.host.name}: flanneld ready: {self.why_not()}")
         if not self.running:
             raise RuntimeError(f"{self.host.name}: flanneld exited {self.process.returncode}:\n{self.output()}")
         return self
 
-    def _why_not(self) -> str:
+    def why_not(self) -> str:
+        """The reasons that it gives for not being ready, and the end of its log."""
         try:
             answer = self.get("/readyz").text
         except (OSError, http.client.HTTPException) as error:

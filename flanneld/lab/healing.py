@@ -75,15 +75,17 @@ class KernelMonitor:
 
 
 def healed_after(events: Sequence[KernelEvent], gone: str, back: Sequence[str]) -> float | None:
-    """Seconds from "Deleted ``gone``" until every one of ``back`` was announced again; None while some are missing.
+    """Seconds from the first "Deleted ``gone``" until every one of ``back`` was there to stay; None while some is not.
 
-    ``gone`` and ``back`` are regular expressions for the beginning of the line.
+    ``gone`` and ``back`` are regular expressions for the beginning of the line. What came back before the last thing
+    was deleted does not count: a device goes in steps, and takes with it what was put on it meanwhile.
     """
-    lost = next((e.when for e in events if e.deleted and re.match(gone, e.text)), None)
+    deleted = [e for e in events if e.deleted and any(re.match(one, e.text) for one in (gone, *back))]
+    lost = next((e.when for e in deleted if re.match(gone, e.text)), None)
     if lost is None:
         return None
     returned = [
-        next((e.when for e in events if not e.deleted and e.when >= lost and re.match(one, e.text)), None)
+        next((e.when for e in events if not e.deleted and e.when >= deleted[-1].when and re.match(one, e.text)), None)
         for one in back
     ]
     seen = [when for when in returned if when is not None]

@@ -13,8 +13,10 @@ from flanneld.lab.hosts import Lab
 
 
 @pytest.fixture
-def make_lab() -> Iterator[Callable[..., Lab]]:
+def make_lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Lab]]:
     """A factory of labs (arguments: see ``Lab``); all are gone after the test."""
+    for name in [name for name in os.environ if name.startswith("FLANNELD_")]:
+        monkeypatch.delenv(name)
     if os.geteuid() != 0:
         pytest.skip("needs root: network namespaces")
     with contextlib.ExitStack() as stack:

@@ -40,7 +40,21 @@ def test_a_ping_that_never_began_sent_nothing() -> None:
 def test_the_time_to_heal_is_from_deleted_to_the_last_thing_back() -> None:
     events = parse_events(MONITOR)
     route, device = r"10\.5\.2\.0/24 via", r"\d+: flannel\.1:"
+    assert healed_after(events, "10.5.9.0/24", [route]) is None
     assert healed_after(events, route, [route]) == pytest.approx(0.0025, abs=1e-5)
     assert healed_after(events, device, [device, route]) == pytest.approx(0.010, abs=1e-5)
     assert healed_after(events, device, [device, "10.5.3.0/24"]) is None
-    assert healed_after(events, "10.5.3.0/24", [route]) is None
+
+
+def test_what_came_back_too_early_does_not_count() -> None:
+    events = parse_events(
+        """[2026-11-22T13:53:05.000000] Deleted 172.30.0.12 dev flannel.1 lladdr 02:00:00:00:00:02 PERMANENT
+[2026-11-22T13:53:05.004000] 172.30.0.12 dev flannel.1 lladdr 02:00:00:00:00:02 PERMANENT
+[2026-11-22T13:53:05.010000] 3: flannel.1: <BROADCAST,MULTICAST> mtu 1450 qdisc noqueue state DOWN
+[2026-11-22T13:53:05.011000] Deleted 3: flannel.1: <BROADCAST,MULTICAST> mtu 1450 qdisc noop state DOWN
+[2026-11-22T13:53:05.020000] 4: flannel.1: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1450
+"""
+    )
+    device, entry = r"\d+: flannel\.1:", r"172\.30\.0\.12 dev flannel\.1"
+    assert healed_after(events, f"({device}|{entry})", [device]) == pytest.approx(0.020, abs=1e-5)
+    assert healed_after(events, f"({device}|{entry})", [device, entry]) is None
