@@ -20,6 +20,8 @@ from prometheus_client.core import Metric
 from flanneld.board import Board
 from flanneld.dataplane.assemble import make_dataplane
 from flanneld.dataplane.dataplane import Dataplane
+from flanneld.dataplane.host_check import host_warnings
+from flanneld.dataplane.netfilter import Netfilter
 from flanneld.http import Answer, HealthServer, as_json, text
 from flanneld.lease_keeper import LeaseKeeper
 from flanneld.notify import notify, watchdog_interval
@@ -38,6 +40,9 @@ log = structlog.get_logger("flanneld")
 
 LOOP_STALL = 30.0
 """Seconds without a turn of the reconciler after which /healthz says that the daemon hangs."""
+
+HOST_CHECK_INTERVAL = 60.0
+"""Seconds between looks at the host's forwarding and bridge settings."""
 
 REPORT_INTERVAL = 2.0
 """Seconds between looks at whether the store must be told of our health."""
@@ -63,6 +68,8 @@ class Daemon:
         self.reconciler: Reconciler | None = None
         self.dataplane: Dataplane | None = None
         self._ready_told = False
+        self._netfilter: Netfilter | None = None
+        self._next_host_check = 0.0
         self._server: HealthServer | None = None
         self.metrics.collect_from(self._live_metrics)
 
@@ -161,9 +168,21 @@ class Daemon:
     def _data_path_stands(self) -> None:
         """After each pass that left nothing to do: tell CNI, Docker and systemd (from the reconciler's thread)."""
         self.outputs.data_path_stands()
+        self._look_for_obstacles()
         if not self._ready_told and self.health.ready:
             self._ready_told = True
             self._health_changed()
+
+    def _look_for_obstacles(self) -> None:
+        """What may keep packets from flowing although all that we want stands."""
+        standing = self.board.standing
+        if self._netfilter is not None:
+            self.health.warn("firewall", self._netfilter.blocking)
+        now = time.monotonic()
+        if standing is not None and now >= self._next_host_check:
+            self._next_host_check = now + HOST_CHECK_INTERVAL
+            iptables = any(wanted.mode == "iptables" for wanted in standing.firewalls)
+            self.health.warn("host", host_warnings(standing.host.families, iptables=iptables))
 
     def _health_changed(self) -> None:
         ready, reasons = self.health.ready, self.health.reasons
@@ -209,7 +228,7 @@ class Daemon:
     def _readyz(self) -> Answer:
         self._judge_store()
         if self.health.ready:
-            return text(200, "flanneld is ready")
+            return text(200, "flanneld is ready" + "".join(f"\n- warning: {w}" for w in self.health.warnings))
         return text(503, "flanneld is not ready yet\n" + "".join(f"- {r}\n" for r in self.health.reasons))
 
     def _desired(self) -> Answer:
@@ -231,6 +250,7 @@ class Daemon:
         """Everything about this node, for /status and flannelctl."""
         return {
             **self.outputs.summary(),
+            "warnings": list(self.health.warnings),
             "peers": self.wanted.desired.peers if self.wanted and self.wanted.desired else 0,
             "refused": dict(self.wanted.desired.refused) if self.wanted and self.wanted.desired else {},
             "last_pass": self.wanted.last_pass if self.wanted else {},
@@ -244,6 +264,7 @@ class Daemon:
         yield from gauge("ready", "1 while this node is ready", float(self.health.ready))
         if status.last_contact is not None:
             yield from gauge("watch_age_seconds", "Since the last sign of life from the store", self._watch_age())
+        yield from gauge("warnings", "Things an operator should look at; /readyz names them", len(self.health.warnings))
         yield from gauge("lease_age_seconds", "Since our lease was last proven alive", self.keeper.lease_age())
         yield labelled_counter("store_errors", "Failures of the store, by cause", "cause", status.errors)
 

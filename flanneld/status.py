@@ -35,6 +35,7 @@ class Health:
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = dict(WAITING)
         self._started = time.monotonic()
+        self._warnings: dict[str, tuple[str, ...]] = {}
         self.on_change = on_change
         self.beat = time.monotonic()
         """time.monotonic() of the reconciler's last turn: proof that the loop lives."""
@@ -54,6 +55,20 @@ class Health:
         elif before != WAITING.get(condition):
             log.info("recovered", condition=condition, was=before)
         self.on_change()
+
+    def warn(self, topic: str, texts: tuple[str, ...]) -> None:
+        """What an operator should know though the network stands; each text is logged once. () takes them back."""
+        with self._lock:
+            before = self._warnings.get(topic, ())
+            self._warnings[topic] = texts
+        for text in texts:
+            if text not in before:
+                log.warning(text, topic=topic)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(text for texts in self._warnings.values() for text in texts)
 
     def reason(self, condition: str) -> str | None:
         with self._lock:
