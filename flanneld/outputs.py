@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from flanneld.desired import Standing
 from flanneld.options import Options
 from flanneld.status import Health, write_status_file
 from subnet_lease import subnet_file
-from subnet_lease.lease import FAMILIES
 
 STATUS_FILE = "flanneld-status.json"
 """Beside subnet.env; the format stands in docs/cni.md."""
@@ -108,12 +108,14 @@ def mtu_of(standing: Standing) -> int:
 def subnet_env(standing: Standing, ip_masq: bool) -> subnet_file.SubnetFile:
     """subnet.env for this standing; a family's lines only where it runs."""
     host = standing.host
-    network = {f: host.config.network_of(f) for f in FAMILIES if f in host.subnets}
+    v4, v6 = host.subnets.get(4), host.subnets.get(6)
+    assert not isinstance(v4, IPv6Network)
+    assert not isinstance(v6, IPv4Network)
     return subnet_file.SubnetFile(
-        network=network.get(4),
-        subnet=host.subnets.get(4),
-        ipv6_network=network.get(6),
-        ipv6_subnet=host.subnets.get(6),
+        network=host.config.network if v4 else None,
+        subnet=v4,
+        ipv6_network=host.config.ipv6_network if v6 else None,
+        ipv6_subnet=v6,
         mtu=mtu_of(standing),
         ip_masq=ip_masq,
     )
