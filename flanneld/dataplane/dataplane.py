@@ -31,12 +31,12 @@ from backends.kernel_state import (
     Scope,
     Sysctl,
 )
-from flanneld.dataplane import sysctl
 from flanneld.dataplane.follow import Follower
 from flanneld.dataplane.handler import Handler
 from flanneld.dataplane.look import Look
 from flanneld.dataplane.mirror import with_settings_of
 from flanneld.dataplane.netlink import MONITOR_BUFFER, Monitor, Netlink
+from flanneld.dataplane.sysctl import Sysctls
 from flanneld.dataplane.view import View
 from flanneld.dataplane.write import Writer
 
@@ -49,7 +49,8 @@ class Dataplane:
     def __init__(self, handlers: Sequence[Handler] = (), *, monitor_buffer: int = MONITOR_BUFFER) -> None:
         self._handlers = tuple(handlers)
         self._answers: list[Mapping[Key, Record]] = [{} for _ in self._handlers]
-        self._sysctls: set[Key] = set()
+        self._sysctls = Sysctls()
+        self._sysctl_keys: set[Key] = set()
         self._netlink = Netlink()
         self._monitor = Monitor(self._netlink.port_id, monitor_buffer)
         self._view = View()
@@ -67,10 +68,10 @@ class Dataplane:
         self._view.limit_to(scope.devices, scope.networks)
         fresh = self._look.refresh()
         mirror = self._view.mirror
-        sysctls = sysctl.observe(scope.sysctls)
-        for key in self._sysctls | sysctls.keys():
+        sysctls = self._sysctls.observe(scope.sysctls)
+        for key in self._sysctl_keys | sysctls.keys():
             mirror.learn(key, sysctls.get(key))
-        self._sysctls = set(sysctls)
+        self._sysctl_keys = set(sysctls)
         self._ask_handlers(scope)
         changed = mirror.take_changed()
         return Observation(mirror.state, None if fresh else changed, self._view.interfaces.snapshot())
@@ -192,7 +193,7 @@ class Dataplane:
     def _apply_sysctls(self, changes: Sequence[Change]) -> list[Failure]:
         failures: list[Failure] = []
         for change in changes:
-            failure = sysctl.apply(change)
+            failure = self._sysctls.apply(change)
             if failure is not None:
                 failures.append(failure)
             elif change.op == "put":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +213,29 @@ def test_sysctls_are_written_read_and_seen(host: Host) -> None:
     assert sysctl.read("net/nothing/here") is None
     (failure,) = host.put(Sysctl("net/ipv4/ip_forward", "many"))
     assert failure.cause == "EINVAL"
+
+
+def test_a_sysctl_that_this_host_cannot_have_fails_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with ipv6.disable=1; a daemon that never becomes ready for that would be worse."""
+    (tmp_path / "net" / "ipv4").mkdir(parents=True)
+    monkeypatch.setattr(sysctl, "ROOT", tmp_path)
+    (failure,) = host.put(*HOST[1:2])
+    assert "ipv6.disable" in failure.message
+    assert host.observe().state[HOST[1].key] == HOST[1]
+    monkeypatch.undo()
+    assert host.put(LINK, *HOST[1:2]) == []
+
+
+def test_a_read_only_proc_fails_once(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host.put(LINK) == []
+
+    def refused(path: Path, text: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", refused)
+        (failure,) = host.put(*HOST[1:2])
+    assert failure.cause == "EROFS" and "writable /proc/sys/net" in failure.message
+    assert host.observe().state[HOST[1].key] == HOST[1]
