@@ -35,8 +35,10 @@ LEGACY_POLL: Final = 1.0
 """Seconds between two looks at iptables-legacy's fingerprint, at least."""
 LEGACY_SHARE: Final = 50
 """A look that takes t seconds (tens of thousands of rules) is not repeated within LEGACY_SHARE × t."""
-RIVAL_PUTS: Final = 3
-"""A rule that comes back before our jump this often is let stand: someone else insists, and two would fight for ever."""
+RIVAL_PUTS: Final = 5
+RIVAL_SECONDS: Final = 600.0
+"""A rule that comes back before our jump more often than RIVAL_PUTS in RIVAL_SECONDS is let stand: someone else
+insists, and two would fight for ever."""
 
 
 class Netfilter:
@@ -57,7 +59,7 @@ class Netfilter:
         self._recheck = False
         self._legacy: dict[Family, bytes] = {}
         self._legacy_due = 0.0
-        self._rivals: Counter[str] = Counter()
+        self._rivals: dict[str, list[float]] = {}
         self._tolerated: set[str] = set()
         self._put: dict[Part, Firewall] = {}
         self._misread: Counter[tuple[Firewall, Firewall]] = Counter()
@@ -172,8 +174,10 @@ class Netfilter:
 
         A later iptables or nft may print rules in another way: better blind to a difference than writing for ever.
         """
-        put = self._put.pop(part, found)
-        if put != found:
+        put = self._put.pop(part, None)
+        if put == found:
+            self._misread = Counter({pair: n for pair, n in self._misread.items() if pair[0] != put})
+        elif put is not None:
             self._misread[put, found] += 1
         return next((p for (p, f), n in self._misread.items() if f == found and n > RIVAL_PUTS), found)
 
@@ -306,9 +310,11 @@ class Netfilter:
                 tool.restore(text)
 
     def _count_rivals(self, saved: Saved, instance: str) -> None:
+        now = self._clock()
         for rule in netfilter_iptables.rules_before_jump(saved, instance):
-            self._rivals[rule] += 1
-            if self._rivals[rule] > RIVAL_PUTS:
+            recent = [then for then in self._rivals.get(rule, ()) if now - then < RIVAL_SECONDS]
+            self._rivals[rule] = [*recent, now]
+            if len(recent) >= RIVAL_PUTS:
                 self._tolerated.add(rule)
 
     # What works against us

@@ -20,9 +20,9 @@ from flanneld.dataplane.netfilter_names import Family, Names, names_of
 
 Table = Literal["nat", "filter"]
 
-GOES_FIRST: Final = ("cali-", "KUBE-", "CILIUM_", "WEAVE-", "DOCKER-USER", "FLANNEL-FWD")
-"""Chains that may stand before our jump in FORWARD: network policies, kube-proxy, the administrator's own rules, and
-those of a second daemon like us.
+GOES_FIRST: Final = ("cali-", "KUBE-", "CILIUM_", "WEAVE-", "DOCKER-USER", "DOCKER-ISOLATION-", "FLANNEL-FWD")
+"""Chains that may stand before our jump in FORWARD: network policies, kube-proxy, the administrator's own rules, those
+of a second daemon like us, and what keeps Docker's bridges (none of them ours) apart.
 
 Some of them (Calico, kube-router) insist on the first place and would take it back for ever.
 """
