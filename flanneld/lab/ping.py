@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flanneld.lab.netns import Namespace, end
@@ -100,11 +100,16 @@ class PingStream:
         return parse_ping(self._log.read_text()).arrivals
 
     def stop(self) -> PingResult:
-        """End the ping as Ctrl-C does, so that it prints its summary. May be called once."""
+        """End the ping as Ctrl-C does, so that it prints its summary. May be called once.
+
+        Packets after the last one that was answered were still on their way; they count as not sent.
+        """
         end(self.process, signal.SIGINT)
         text = self._log.read_text()
         self._log.unlink()
-        return parse_ping(text)
+        result = parse_ping(text)
+        last = max((number for _, number in result.arrivals), default=result.sent)
+        return replace(result, sent=min(result.sent, last))
 
     def __enter__(self) -> PingStream:
         return self
