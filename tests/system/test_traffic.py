@@ -62,7 +62,7 @@ def test_a_foreign_chain_that_drops_us_is_named_with_the_remedy(running: Lab) ->
     host = running.hosts[0]
     host.run(
         "nft -f -",
-        stdin="table inet strict { chain forbid { type filter hook forward priority 10; policy drop; } }",
+        stdin="table inet strict { chain forbid { type filter hook forward priority 10; policy drop; }; }",
     )
     try:
         text = wait_until(lambda: _ready_text(host, "strict"), 20, "the warning")
