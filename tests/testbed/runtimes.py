@@ -41,11 +41,16 @@ def conflist(host: Host, directory: Path, **flannel: Any) -> dict[str, Any]:
 
 def remove(directory: Path) -> None:
     """Remove a runtime's directory, and first what it left mounted there."""
-    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    for point in reversed(points):
-        if point.startswith(f"{directory}/"):
-            subprocess.run(["umount", "--lazy", point], check=False)
-    shutil.rmtree(directory, ignore_errors=True)
+
+    def gone() -> bool:
+        points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        for point in reversed(points):
+            if point.startswith(f"{directory}/"):
+                subprocess.run(["umount", "--lazy", point], check=False, capture_output=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        return not directory.exists()
+
+    wait_until(gone, 10, f"{directory} to be gone", 0.2)  # shims end a moment after their containerd
 
 
 class Runtime:
@@ -86,6 +91,8 @@ class Containerd(Runtime):
     def __init__(self, host: Host, plugin: Path, image: Path, configuration: dict[str, Any] | None = None) -> None:
         super().__init__(host, plugin, configuration)
         self.socket = self.directory / "c.sock"
+        # runc keeps its state outside of our directories, by containerd's namespace.
+        self.namespace = self.directory.name
         config = self.directory / "config.toml"
         config.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
         self.process = host.ns.start([
@@ -103,7 +110,7 @@ class Containerd(Runtime):
         return False
 
     def argv(self, *words: str) -> list[str]:
-        return ["ctr", f"--address={self.socket}", *words]
+        return ["ctr", f"--address={self.socket}", f"--namespace={self.namespace}", *words]
 
     def ctr(self, *words: str, timeout: float = 60) -> str:
         return self.run(self.argv(*words), timeout=timeout)
@@ -154,6 +161,10 @@ class Containerd(Runtime):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 task.wait(5)
             end(task)
+        with contextlib.suppress(RuntimeError):
+            for name in self.ctr("task", "ls", "-q").split():  # those whose ADD failed
+                self.ctr("task", "rm", "--force", name)
+        shutil.rmtree(Path("/run/containerd/runc", self.namespace), ignore_errors=True)
         end(self.process)
         super().close()
 
@@ -242,7 +253,7 @@ def closing_all() -> Iterator[list[Runtime | Docker]]:
         yield made
     finally:
         for runtime in reversed(made):
-            with contextlib.suppress(OSError, RuntimeError):
+            with contextlib.suppress(OSError, RuntimeError, AssertionError):
                 runtime.close()
 
 
