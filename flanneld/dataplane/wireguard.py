@@ -33,6 +33,9 @@ STALE_SECONDS: Final = 180
 LOOK_SECONDS: Final = 10
 """How often devices are read while there are any; less often where reading takes long (LOOK_SHARE)."""
 
+LOOK_LIMIT: Final = 60
+"""Never less often than this, in seconds."""
+
 LOOK_SHARE: Final = 0.003
 """The part of one core that looking may take."""
 
@@ -91,9 +94,10 @@ class WireguardHandler:
             run = list(group)
             if isinstance(run[0].record, Link):
                 failures += [failure for change in run if (failure := self._apply_link(change))]
+                self._answer_current = False
             else:
                 failures += self._apply_peers(dev, run)
-        self._answer_current = False
+                self._renew(run)
         return failures
 
     def fileno(self) -> int | None:
@@ -116,7 +120,7 @@ class WireguardHandler:
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def _read_all(self) -> None:
-        start = time.monotonic()
+        start = time.thread_time()
         devices: dict[str, _Device] = {}
         for name, link in self._links.items():
             kind = link.settings.kind if isinstance(link.settings, Foreign) else "wireguard"
@@ -142,7 +146,7 @@ class WireguardHandler:
         }
         self._pinned = {key: pinned for key, pinned in self._pinned.items() if key[1] in devices}
         if devices:
-            self._ticker.run((time.monotonic() - start) / LOOK_SHARE)
+            self._ticker.run(min((time.thread_time() - start) / LOOK_SHARE, LOOK_LIMIT))
 
     def _render(self) -> dict[Key, Record]:
         records: dict[Key, Record] = {}
@@ -157,6 +161,20 @@ class WireguardHandler:
                 record = self._record(name, public_key, peer)
                 records[record.key] = record
         return records
+
+    def _renew(self, changes: Sequence[Change]) -> None:
+        """Bring the answer up to date for these peers alone: one change among thousands costs one record."""
+        answer = dict(self._answer)
+        for change in changes:
+            peer = change.record
+            assert isinstance(peer, WireguardPeer)
+            device = self._devices.get(peer.dev)
+            state = device.state.peers.get(peer.public_key) if device else None
+            if state is None:
+                answer.pop(peer.key, None)
+            else:
+                answer[peer.key] = self._record(peer.dev, peer.public_key, state)
+        self._answer = answer
 
     def _record(self, dev: str, public_key: str, peer: PeerState) -> WireguardPeer:
         record = WireguardPeer(dev, public_key, peer.endpoint, peer.allowed_ips, peer.keepalive, peer.preshared_key)
