@@ -67,7 +67,12 @@ class UdpHandler:
         self._reap()
         for name, worker in list(self._workers.items()):
             if not worker.client.alive():
-                log.warning("the tunnel worker has ended", device=name, pid=worker.client.pid)
+                log.warning(
+                    "the tunnel worker has ended",
+                    device=name,
+                    pid=worker.client.pid,
+                    reason=worker.client.last_words() or "killed",
+                )
                 self._forget(name)
         if self._look:
             for name in tuns:

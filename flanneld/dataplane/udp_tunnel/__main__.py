@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import sys
+import traceback
 
 
 def main() -> int:
@@ -41,8 +42,12 @@ def main() -> int:
     os.close(nowhere)
     try:
         tunnel.run()
-    except DeviceGone:
+    except DeviceGone as gone:
+        tunnel.say_why(str(gone))
         return 2
+    except BaseException:
+        tunnel.say_why(traceback.format_exc())
+        raise
     return 0
 
 

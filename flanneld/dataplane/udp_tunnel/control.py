@@ -11,7 +11,9 @@ Requests are ``{"op": ..., ...}``; the answer is an object with ``error`` when i
 |configure|local, port, underlay, network|{}|
 |peers|put [[subnet, address, port], ...], remove [subnet, ...]|{}|
 |counters||name: number|
-|stop|remove_device|none: the worker ends and the connection with it|
+|stop|remove_device|{}: the worker then ends and the connection with it|
+
+A worker that ends by itself says why, unasked, before it closes: {"ended": "flannel0 was deleted"}.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any, Final
 VERSION: Final = 1
 """Raise it when the worker's behaviour or this protocol changes: a daemon replaces a worker of another version."""
 
-ANSWER_SECONDS: Final = 5.0
+ANSWER_SECONDS: Final = 5
 
 
 class WorkerGone(OSError):
@@ -54,7 +56,10 @@ class Client:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._buffer = b""
         try:
-            self._socket.settimeout(ANSWER_SECONDS)
+            # The kernel's own time limits: with Python's, even a look that is not to wait would wait.
+            limit = struct.pack("ll", ANSWER_SECONDS, 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             self._socket.connect(address_for(device))
             pid = trusted(self._socket)
             if pid is None:
@@ -91,13 +96,22 @@ class Client:
         return answer
 
     def alive(self) -> bool:
-        """Whether the connection stands; costs one system call."""
+        """Whether the connection stands; costs one system call. Between requests the worker speaks only to say why it ends."""
         try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return False
         except BlockingIOError:
             return True
         except OSError:
             return False
+
+    def last_words(self) -> str:
+        """Why the worker ended, if it could say so; "" if not."""
+        try:
+            data = self._buffer + self._socket.recv(1 << 16, socket.MSG_DONTWAIT)
+            return str(json.loads(data.splitlines()[-1])["ended"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return ""
 
     def close(self) -> None:
         self._socket.close()

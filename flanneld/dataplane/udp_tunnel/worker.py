@@ -372,6 +372,11 @@ class Tunnel:
 
     # The daemon's commands
 
+    def say_why(self, reason: str) -> None:
+        """Tell whoever is connected why the worker ends."""
+        for connection in self._connections.values():
+            connection.answer({"ended": reason})
+
     def _serve(self, descriptor: int) -> None:
         if descriptor == self._listener.fileno():
             self._accept()
