@@ -7,13 +7,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-from backends import kernel_state
-from backends.kernel_state import Firewall, Link, Record, Rule, Wireguard, WireguardPeer
+from backends.kernel_state import Firewall, Link, LinkSettings, Record, Rule, Wireguard, WireguardPeer
 
 _RECORDS: Final[dict[str, Any]] = {kind.__name__: kind for kind in Record.__args__}
-_SETTINGS: Final[dict[str, Any]] = {
-    kind.__name__: kind for kind in (kernel_state.Vxlan, kernel_state.Wireguard, kernel_state.Ipip, kernel_state.Tun)
-}
+_SETTINGS: Final[dict[str, Any]] = {kind.__name__: kind for kind in LinkSettings.__args__}
 
 
 def without_secrets(record: Record) -> Record:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from ipaddress import ip_network
 from typing import Any
 
-from backends.kernel_state import Change, Firewall, Kind, Record, Scope, Sysctl
+from backends.kernel_state import Change, Firewall, Kind, Record, Scope, Sysctl, WireguardPeer
 from flanneld.ctl.node import ask
 from flanneld.ctl.output import Problem
 from flanneld.dataplane.assemble import make_dataplane
@@ -16,8 +17,8 @@ from flanneld.plan import plan
 from flanneld.record_json import from_json, without_secrets
 from flanneld.wanted import describe
 
-UNSEEN = frozenset({Kind.TUNNEL_PEER, Kind.HOOK})
-"""Only the daemon itself can look at these: its tunnel's table, and commands that were run."""
+UNSEEN = frozenset({Kind.HOOK})
+"""Only the daemon knows which commands have run."""
 
 
 def find_drift(arguments: argparse.Namespace, status: dict[str, Any]) -> list[str]:
@@ -48,14 +49,27 @@ def find_drift(arguments: argparse.Namespace, status: dict[str, Any]) -> list[st
 
 def differences(desired: list[Record], scope: Scope) -> list[Change]:
     """The plan from this host's kernel to the desired records."""
+    wanted = {record.key: record for record in desired if record.key[0] not in UNSEEN}
     dataplane = make_dataplane()
     try:
         observation = dataplane.observe(scope)
-        observed = {key: without_secrets(record) for key, record in observation.state.items() if key[0] not in UNSEEN}
+        observed = {
+            key: _comparable(record, wanted.get(key))
+            for key, record in observation.state.items()
+            if key[0] not in UNSEEN
+        }
     finally:
         dataplane.close()
     owned = ownership(observation.interfaces, [ip_network(text) for text in scope.networks], scope.devices)
-    return plan({r.key: r for r in desired if r.key[0] not in UNSEEN}, observed, owned)
+    return plan(wanted, observed, owned)
+
+
+def _comparable(record: Record, wanted: Record | None) -> Record:
+    """Without secrets, and with a WireGuard peer where it should be: where it roamed to is the daemon's to judge."""
+    record = without_secrets(record)
+    if isinstance(record, WireguardPeer) and isinstance(wanted, WireguardPeer):
+        return dataclasses.replace(record, endpoint=wanted.endpoint)
+    return record
 
 
 def line(change: Change) -> str:

@@ -54,11 +54,15 @@ def show(status: dict[str, Any]) -> None:
         where.print(Text.assemble((f"{name:10}", "dim"), value))
     for reason in status.get("reasons") or ():
         where.print(Text.assemble(("wrong     ", "bold red"), str(reason)))
+    for text in status.get("warnings") or ():
+        where.print(Text.assemble(("warning   ", "yellow"), str(text)))
     for reason in (status.get("refused") or {}).values():
         where.print(Text.assemble(("refused   ", "yellow"), str(reason)))
     drift = status.get("drift")
     if drift is not None:
-        where.print("kernel    as it should be" if not drift else "kernel    differs (+ missing, - left over):")
+        where.print(
+            "kernel    as it should be" if not drift else "kernel    differs (+ missing, ~ otherwise, - left over):"
+        )
         for line in drift:
             where.print(Text(f"  {line}", style="green" if line.startswith("+") else "red"))
 

@@ -30,7 +30,7 @@ def make_console(*, record: bool) -> Console:
         )
     if sys.stdout.isatty():
         return Console(highlight=False, emoji=False)
-    return Console(file=cast("IO[str]", Trimmed(sys.stdout)), width=120, no_color=True, highlight=False, emoji=False)
+    return Console(file=cast("IO[str]", Trimmed(sys.stdout)), width=200, no_color=True, highlight=False, emoji=False)
 
 
 def save_svg(console: Console, file: str) -> None:

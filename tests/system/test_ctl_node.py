@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from ipaddress import IPv4Network
 
@@ -13,6 +14,7 @@ from backends.kernel_state import Firewall, Scope, Sysctl
 from flanneld.ctl.drift import differences, line
 from flanneld.lab.faults import peers_in_kernel
 from flanneld.lab.hosts import Host, Lab
+from flanneld.lab.wait import wait_until
 from flanneld.record_json import from_json
 
 
@@ -108,10 +110,15 @@ def test_doctor_tells_a_dead_tunnel_from_a_dead_host(lab: Lab) -> None:
 
 
 @pytest.mark.field_problem(42)
-@pytest.mark.parametrize("nftables", [False, True], ids=["iptables", "nftables"])
-def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], nftables: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "nftables"),
+    [("vxlan", False), ("vxlan", True), ("host-gw", True), ("udp", False), ("wireguard", True)],
+)
+def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], backend: str, nftables: bool) -> None:
+    if backend == "wireguard" and not shutil.which("wireguard-go"):
+        pytest.skip("wireguard-go is not installed (Debian: wireguard-go)")
     lab = make_lab(2)
-    lab.set_config({"Network": "10.5.0.0/16", "EnableNFTables": nftables})
+    lab.set_config({"Network": "10.5.0.0/16", "EnableNFTables": nftables, "Backend": {"Type": backend}})
     host = lab.hosts[0]
     host.run("ip route add 10.99.0.0/16 via 172.30.0.1")
     if not nftables:
@@ -122,8 +129,13 @@ def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], nftable
                 host.run(f"{tool} -t {table} -D {chain} -j RETURN")
     before = everything(host)
     lab.start_daemons("--ip-masq", "--ip-blackhole-route")
-    lab.wait_peers()
-    assert everything(host) != before
+    wait_until(
+        lambda: all(h.daemon.get("/status").json()["peers"] == 1 for h in lab.hosts),
+        30,
+        lambda: "\n".join(f"each host to know its peer: {h.daemon.get('/status').text}" for h in lab.hosts),
+    )
+    undisturbed = host.ctl("status", "--diff")
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     refused = host.ctl("cleanup")
     assert refused.returncode == 1 and "flanneld runs on this host" in refused.stderr
     host.daemon.stop()
