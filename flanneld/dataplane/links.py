@@ -186,15 +186,15 @@ def alterable(wanted: Link, standing: LinkSettings) -> bool:
     return same_family and replace(old, local=new.local, underlay=new.underlay, learning=new.learning) == new
 
 
-def alter_bodies(wanted: Link, standing: Link, index: int, underlay: int) -> list[bytes]:
-    """The RTM_NEWLINK bodies that make the standing device the wanted one; empty when it already is.
+def settings_body(settings: Vxlan, index: int, underlay: int) -> bytes:
+    """What can be changed of a standing vxlan device: local address, underlay, learning."""
+    return index_body(index) + _info("vxlan", _vxlan_changeable(settings, underlay))
 
-    Settings, MAC and MTU apart from one another, so that a refusal says which.
-    """
-    head = IFINFOMSG.pack(0, 0, 0, index, 0, 0)
+
+def alter_bodies(wanted: Link, standing: Link, index: int) -> list[bytes]:
+    """The RTM_NEWLINK bodies for MAC, MTU and up, as far as they differ; apart, so that a refusal says which."""
+    head = index_body(index)
     bodies: list[bytes] = []
-    if wanted.settings != standing.settings and isinstance(wanted.settings, Vxlan):
-        bodies.append(head + _info("vxlan", _vxlan_changeable(wanted.settings, underlay)))
     if wanted.mac is not None and wanted.mac != standing.mac:
         bodies.append(head + attribute(IFLA_ADDRESS, pack_mac(wanted.mac)))
     if wanted.mtu != standing.mtu:

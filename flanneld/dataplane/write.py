@@ -28,6 +28,7 @@ from flanneld.dataplane.wire import (
     RTM_NEWNEIGH,
     RTM_NEWROUTE,
     address_body,
+    family_of,
     fdb_body,
     neighbour_body,
     route_body,
@@ -108,6 +109,8 @@ class Writer:
         self._view.mirror.know(record.key, record if change.op == "put" else None)
         if isinstance(record, Address):
             self._view.own_address(record, there=change.op == "put")
+        elif change.op == "remove" and record.key in self._view.doubled:
+            self._view.stale.families.add(family_of(str(record.key[1])))  # another one takes its place
 
     def _remove_and_put(self, change: Change, refusal: NetlinkError | None) -> NetlinkError | None:
         assert change.previous is not None
@@ -173,14 +176,9 @@ class Writer:
             self._refuse_other_kind(link, standing)
             settings = link.settings if made_elsewhere else link_wire.settings_of(standing, names.get)
             seen = Link(link.name, settings, standing.mtu, standing.mac, standing.up)
-            if link_wire.alterable(link, settings):
-                try:
-                    self._alter(link, seen, standing.index)
-                    return
-                except NetlinkError as error:
-                    if link.settings == settings or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                        raise
-                    # The settings cannot be changed on the standing device after all: make a new one.
+            if link_wire.alterable(link, settings) and self._change_settings(link, seen, standing.index):
+                self._alter(link, seen, standing.index)
+                return
             self._delete(standing)
         elif made_elsewhere:
             raise NetlinkError(errno.ENODEV, "it was made and is gone again")
@@ -206,11 +204,28 @@ class Writer:
                 f"Rename or remove it: ip link del {link.name}",
             )
 
+    def _change_settings(self, link: Link, seen: Link, index: int) -> bool:
+        """On the standing device; False if the kernel cannot after all and a new one is needed."""
+        if link.settings == seen.settings or not isinstance(link.settings, Vxlan):
+            return True
+        self._view.look_again(index)
+        try:
+            self._netlink.request(RTM_NEWLINK, 0, link_wire.settings_body(link.settings, index, self._underlay(link)))
+        except NetlinkError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                return False
+            raise
+        return True
+
     def _alter(self, link: Link, seen: Link, index: int) -> None:
-        underlay = self._underlay(link) if isinstance(link.settings, (Vxlan, Ipip)) else 0
-        for body in link_wire.alter_bodies(link, seen, index, underlay):
-            self._view.look_again(index)
-            self._netlink.request(RTM_NEWLINK, 0, body)
+        """MAC, MTU and up, each of them whatever becomes of the others; the first refusal is raised."""
+        bodies = link_wire.alter_bodies(link, seen, index)
+        if not bodies:
+            return
+        self._view.look_again(index)
+        refusals = [error for error in self._netlink.batch([(RTM_NEWLINK, 0, body) for body in bodies]) if error]
+        if refusals:
+            raise refusals[0]
 
     def _underlay(self, link: Link) -> int:
         assert isinstance(link.settings, (Vxlan, Ipip))

@@ -140,6 +140,13 @@ def test_an_mtu_that_does_not_fit_names_the_one_that_does(host: Host) -> None:
     assert "eth0 (MTU 1500): at most 1450" in failure.message
     (failure,) = host.put(replace(LINK6, mtu=1431))
     assert failure.cause == "EINVAL" and "at most 1430" in failure.message
+    index = details(host, DEV)["ifindex"]
+    host.ip(f"link set {DEV} down")
+    (failure,) = host.put(replace(LINK, mtu=1451, settings=replace(VXLAN, learning=True)))
+    found = details(host, DEV)
+    assert "UP" in found["flags"], "what can be done is done"
+    assert found["ifindex"] == index, "an impossible MTU is no reason for a new device"
+    assert host.put(LINK) == []
     assert host.fresh()[LINK.key] == replace(LINK, tx_checksum=True)
 
 

@@ -184,7 +184,7 @@ def test_two_routes_with_one_key_show_the_one_in_use(host: Host) -> None:
     assert host.observe().state[route.key] == route
     host.ip("route prepend 10.5.1.0/24 via 192.168.7.5")
     assert host.observe().state[route.key] == Route("10.5.1.0/24", "eth0", "192.168.7.5") == host.fresh()[route.key]
-    host.ip("route del 10.5.1.0/24 via 192.168.7.5")
+    assert host.dataplane.apply([Change("remove", Route("10.5.1.0/24", "eth0", "192.168.7.5"))]) == []
     assert host.observe().state[route.key] == route
 
 
