@@ -45,6 +45,7 @@ _CHANNEL_OPTIONS: Final = {
     "grpc.enable_http_proxy": 0,
 }
 _ENDPOINT: Final = re.compile(r"(https?)://(\[[0-9a-fA-F:.]+\]|[^/:\[\]@?#\s]+)(?::(\d{1,5}))?/?")
+_FAILED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _SWITCH: Final = (exceptions.ConnectionFailedError, exceptions.ConnectionTimeoutError, exceptions.InternalServerError)
 
 
@@ -123,6 +124,7 @@ class EtcdConnection:
             try:
                 if self._login and not self._has_token() and not self._login_useless:
                     self._authenticate(token)
+                self._client.channel  # noqa: B018 - this property is what leaves an endpoint that failed
                 return function(self._client)
             except _SWITCH as error:
                 refusals += 1
@@ -132,6 +134,11 @@ class EtcdConnection:
                 self._forgive()
                 failure = failure or error
             except grpc.RpcError as error:
+                if error.code() in _FAILED:  # from a stub that was called directly
+                    refusals += 1
+                    failure = error
+                    self._client.endpoint_in_use.fail()
+                    continue
                 if self._login and expired < 2 and _login_expired(error):
                     expired += 1
                     self._forget_token(token)
@@ -142,6 +149,23 @@ class EtcdConnection:
         assert failure is not None
         raise self._translate(what, failure) from None
 
+    def read(self, what: str, *ranges: tuple[bytes, bytes]) -> tuple[Any, list[Any]]:
+        """Several ranges at one revision: the answer's header, and all key-value pairs.
+
+        ``b""`` as the end of a range means that one key. Permission is needed on these ranges only.
+        """
+        request = etcdrpc.TxnRequest(
+            success=[
+                etcdrpc.RequestOp(request_range=etcdrpc.RangeRequest(key=key, range_end=end)) for key, end in ranges
+            ]
+        )
+
+        def send(client: Any) -> Any:
+            return client.kvstub.Txn(request, client.timeout, metadata=client.metadata)
+
+        answer = self.call(what, send)
+        return answer.header, [kv for part in answer.responses for kv in part.response_range.kvs]
+
     def watch(self, requests: Iterator[Any]) -> Any:
         """A raw watch stream: a gRPC call that yields WatchResponse. Its end is told to ``stream_failed``.
 
@@ -150,7 +174,6 @@ class EtcdConnection:
         """
 
         def start(client: Any) -> Any:
-            client.channel  # noqa: B018 - choosing an endpoint is this property's effect
             self._watched = client.endpoint_in_use
             return etcdrpc.WatchStub(client.channel).Watch(requests, metadata=client.metadata)
 
@@ -210,7 +233,7 @@ class EtcdConnection:
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     self._login_useless = True  # the server asks for no login: etcd's own client goes on without, too
                     return
-                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                if error.code() in _FAILED:
                     client.endpoint_in_use.fail()
                     raise exceptions.ConnectionFailedError from error
                 raise

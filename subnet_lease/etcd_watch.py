@@ -1,4 +1,4 @@
-"""From etcd's list and watch to complete snapshots: one range read, then events folded into a table.
+"""From etcd's list and watch to complete snapshots: one read, then events folded into a table.
 
 ``WatchStream`` is one watch on the wire; ``SnapshotTable`` is the fold, without I/O; ``SnapshotWatch`` runs both for as
 long as the store lives. Nothing here raises into the daemon: a failure is counted, told once, and outlasted.
@@ -39,6 +39,7 @@ STORM: Final = 0.005
 """Seconds for which changes are collected when one snapshot follows another at once; the first is never delayed."""
 GRACE: Final = 60.0
 """Seconds for which the leases of a wiped or restored etcd are kept while their owners claim them again."""
+_PUT: Final = 0  # etcd's Event.EventType: PUT, DELETE
 
 
 Mark = tuple[int, int, int]
@@ -79,6 +80,7 @@ class EtcdStatus:
     last_contact: float | None = None
     last_error: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    _cause: str = ""
 
     @property
     def errors(self) -> dict[str, int]:
@@ -92,12 +94,11 @@ class EtcdStatus:
             log.info("the watch on etcd works again")
 
     def failed(self, error: StoreError) -> None:
-        """Count a failure of the watch; tell it once, until it changes or heals."""
+        """Count a failure of the watch; tell it once, until it is another one or heals."""
         self.counts[error.cause] += 1
-        text = str(error)
-        if text != self.last_error:
-            log.warning("the watch on etcd fails; the last known leases stay in use", error=text)
-        self.last_error = text
+        if self.last_error is None or error.cause != self._cause:
+            log.warning("the watch on etcd fails; the last known leases stay in use", error=str(error))
+        self.last_error, self._cause = str(error), error.cause
 
 
 class SnapshotTable:
@@ -160,24 +161,23 @@ class SnapshotTable:
         self.revision = revision
         return changed
 
-    def apply(self, events: Iterable[Any]) -> bool:
-        """Fold watch events in; true if a reader would see a difference."""
+    def apply(self, events: Iterable[Any], wiped: bool = False) -> bool:
+        """Fold watch events in; true if a reader would see a difference. ``wiped``: leases went with everything else."""
         changed = False
-        gone: list[str] = []
-        config_gone = False
+        gone: dict[str, None] = {}
         for event in events:
             kv = event.kv
             self.revision = max(self.revision, kv.mod_revision)
             if kv.key.startswith(self._subnets):
-                if event.type == 0:
+                key = kv.key[len(self._subnets) :].decode("utf-8", "replace")
+                if event.type == _PUT:
                     changed |= self._put(kv)
-                    gone = [key for key in gone if key.encode() != kv.key[len(self._subnets) :]]
+                    gone.pop(key, None)
                 else:
-                    gone.append(kv.key[len(self._subnets) :].decode("utf-8", "replace"))
+                    gone[key] = None
             elif kv.key == self._config_key:
-                config_gone = event.type != 0
-                changed |= self._set_config(None if config_gone else kv.value)
-        if config_gone:
+                changed |= self._set_config(kv.value if event.type == _PUT else None)
+        if wiped or self._config_text is None:
             self._linger([key for key in gone if key in self.leases])
         return self._drop(key for key in gone if key not in self._lingering) or changed
 
@@ -240,7 +240,7 @@ class SnapshotTable:
             self._marks.pop(key, None)
             self._lingering[key] = until
         if kept:
-            log.warning("etcd was wiped or restored; peers stay for now", peers=len(kept), seconds=GRACE)
+            log.warning("etcd was wiped or restored; these peers stay for now", peers=len(kept), seconds=GRACE)
 
     def _set_config(self, text: bytes | None) -> bool:
         if text == self._config_text and self.config is not None:
@@ -276,14 +276,15 @@ class StreamEnded(Exception):
 
 
 class WatchStream:
-    """One watch on one range, read by a thread of its own into a queue, so that a burst is taken in one go."""
+    """One stream that watches some ranges, read by a thread of its own into a queue, so that a burst is one item."""
 
-    def __init__(self, connection: EtcdConnection, key: bytes, range_end: bytes, start_revision: int) -> None:
+    def __init__(self, connection: EtcdConnection, ranges: Iterable[tuple[bytes, bytes]], start_revision: int) -> None:
         self._connection = connection
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._responses: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        create = etcdrpc.WatchCreateRequest(key=key, range_end=range_end, start_revision=start_revision)
-        self._requests.put(etcdrpc.WatchRequest(create_request=create))
+        for key, end in ranges:
+            create = etcdrpc.WatchCreateRequest(key=key, range_end=end, start_revision=start_revision)
+            self._requests.put(etcdrpc.WatchRequest(create_request=create))
         self._call = connection.watch(iter(self._requests.get, None))
         self._thread = threading.Thread(target=self._read, name="etcd-watch", daemon=True)
         self._thread.start()
@@ -354,6 +355,11 @@ class SnapshotWatch:
         """``held`` names the leases of this node: after a wipe they must be seen to be gone."""
         self._connection = connection
         self._prefix = prefix
+        # Exactly what flannel reads: a role that suits flannel suits us, and signs of life do not wake us.
+        self._ranges = (
+            (f"{prefix}/config".encode(), b""),
+            (f"{prefix}/subnets/".encode(), f"{prefix}/subnets0".encode()),
+        )
         self._status = status
         self._table = SnapshotTable(prefix, status, held, reader or LeaseReader())
         self._closed = threading.Event()
@@ -396,14 +402,11 @@ class SnapshotWatch:
         return snapshot
 
     def _list(self) -> bool:
-        """One range read: the configuration and the leases at one revision. True if there is something to tell."""
-        answer = self._connection.call(
-            "read the leases",
-            lambda client: client.get_range_response(f"{self._prefix}/config", f"{self._prefix}/subnets0"),
-        )
-        other = self._other_history(answer.header)
-        self._history = (answer.header.cluster_id, answer.header.raft_term)
-        changed = self._table.replace(answer.kvs, answer.header.revision, other)
+        """One read: the configuration and the leases at one revision. True if there is something to tell."""
+        header, kvs = self._connection.read("read the leases", *self._ranges)
+        other = self._other_history(header)
+        self._history = (header.cluster_id, header.raft_term)
+        changed = self._table.replace(kvs, header.revision, other)
         if self._table.config is None:
             raise ConfigMissing(
                 f"no usable network configuration at {self._prefix}/config; "
@@ -429,15 +432,14 @@ class SnapshotWatch:
         if self._relist or witness is None:
             return False
         key, mark = witness
-        answer = self._connection.call("read the leases", lambda client: client.get_response(key))
-        if self._other_history(answer.header):
+        header, kvs = self._connection.read("read the leases", (key, b""))
+        if self._other_history(header):
             return False
-        return any((kv.mod_revision, kv.lease, hash(kv.value)) == mark for kv in answer.kvs)
+        return any((kv.mod_revision, kv.lease, hash(kv.value)) == mark for kv in kvs)
 
     def _follow(self) -> Iterator[LeaseSnapshot]:
         """Watch from the revision after the last one read, until the stream ends."""
-        start, end = f"{self._prefix}/".encode(), f"{self._prefix}0".encode()
-        self._stream = stream = WatchStream(self._connection, start, end, self._table.revision + 1)
+        self._stream = stream = WatchStream(self._connection, self._ranges, self._table.revision + 1)
         try:
             if self._closed.is_set():
                 return
@@ -460,13 +462,24 @@ class SnapshotWatch:
                     stream.ask_progress()
                 elif asked is not None and now - asked >= SILENT:
                     raise StreamEnded(StoreUnavailable(f"etcd does not answer (watch; {self._connection.names})"))
-                changed = self._table.apply(event for response in responses for event in response.events)
+                events = [event for response in responses for event in response.events]
+                changed = self._table.apply(events, self._wiped(events))
                 if self._table.expire() or changed:
                     yield self._snapshot()
                     told = time.monotonic()
         finally:
             self._stream = None
             stream.close()
+
+    def _wiped(self, events: list[Any]) -> bool:
+        """Whether leases are deleted because the whole prefix is: the configuration's end comes in its own message."""
+        deleted = sum(event.type != _PUT for event in events)
+        if not deleted or deleted * 2 < len(self._table.leases):
+            return False
+        try:
+            return not self._connection.read("read the network configuration", self._ranges[0])[1]
+        except StoreError:
+            return True
 
     def _patience(self, asked: float | None) -> float:
         """Seconds until something has to be done if nothing arrives."""

@@ -75,7 +75,10 @@ class TcpProxy:
                     self._forward(end, peers[end])
 
     def _accept(self) -> None:
-        client, _ = self._listener.accept()
+        try:
+            client, _ = self._listener.accept()
+        except OSError:  # given up meanwhile
+            return
         try:
             if self._state == "cut":
                 raise OSError

@@ -62,10 +62,10 @@ def test_one_of_three_members_killed(members: list[Etcd], on: MakeNetwork) -> No
         members[number].stop()
         other = members[2]
         joined = wait_until(
-            lambda: _try(network.store(endpoints=[other.endpoint]), f"b{number}", f"192.168.64.{10 + number}"),  # noqa: B023
+            lambda: _try(network.store(endpoints=[other.endpoint]), f"b{number}", f"192.168.64.{10 + number}"),
             timeout=30,
         )
-        wait_until(lambda: joined in follower.keys, timeout=30)  # noqa: B023
+        wait_until(lambda: joined in follower.keys, timeout=30)
         wait_until(lambda: _renewed(store, lease), timeout=30)
         members[number].start()
     assert follower.error is None
@@ -292,6 +292,26 @@ def test_no_permission_on_the_prefix(login_etcd: Etcd) -> None:
         login_etcd.ctl("role", "grant-permission", "flannel", "--prefix=true", "readwrite", "/other/")
         wait_until(lambda: follower.snapshots, timeout=30)
         login_etcd.ctl("role", "revoke-permission", "flannel", "--prefix=true", "/other/")
+    finally:
+        network.close()
+
+
+def test_a_role_that_may_write_flannels_keys_only_works_without_signs_of_life(login_etcd: Etcd) -> None:
+    network = Network(login_etcd, "/flannel-only/network")
+    network.configure()
+    for prefix in ("config", "subnets"):
+        login_etcd.ctl(
+            "role", "grant-permission", "flannel", "--prefix=true", "readwrite", f"{network.prefix}/{prefix}"
+        )
+    try:
+        store = network.store(username="flannel", password=PASSWORD)
+        with capture_logs() as lines:
+            lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+            store.renew(lease)
+            store.renew(lease)
+        assert [line["log_level"] for line in lines] == ["warning"]
+        follower = network.follow(store)
+        wait_until(lambda: follower.keys == {lease.key})
     finally:
         network.close()
 

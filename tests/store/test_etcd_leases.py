@@ -310,3 +310,29 @@ def test_the_sign_of_life_goes_with_the_node_and_wakes_no_flanneld(network: Netw
     store.close()
     wait_until(lambda: network.etcd.ctl("get", "--keys-only", up).strip() == "")
     assert network.keys() == [lease.key]
+
+
+def test_out_of_subnets_names_nodes_that_are_not_alive(network: Network) -> None:
+    network.configure('{"Network":"10.5.0.0/22","Backend":{"Type":"vxlan"}}')
+    stores = {name: network.store(f"kernel-{name}") for name in ("gone", "here", "there")}
+    for number, (name, store) in enumerate(stores.items(), 1):
+        store.acquire(store.read_config(), request_of(name, f"192.168.64.{number}"))
+    stores["gone"].close()
+    with pytest.raises(OutOfSubnets, match=r"to be reclaimed: 10\.5\.[123]\.0-24 of 'gone'$"):
+        join(network, "late", "192.168.64.9", "kernel-late")
+
+
+@pytest.mark.field_problem(5)
+def test_a_lease_with_an_unreadable_value_still_takes_its_subnet(network: Network) -> None:
+    network.configure('{"Network":"10.5.0.0/22","Backend":{"Type":"vxlan"}}')
+    network.etcd.ctl("put", network.key("10.5.1.0-24"), "not JSON")
+    network.etcd.ctl("put", network.key("10.5.2.0-24"), "{}")
+    assert join(network, "a", "192.168.64.3", previous=(IPv4Network("10.5.1.0/24"), None)).key == "10.5.3.0-24"
+    assert network.get("10.5.1.0-24") == "not JSON"
+
+
+def test_prefixes_are_joined_as_flannel_does(network: Network) -> None:
+    store = network.store()
+    lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    network.prefix = network.prefix.replace("/network", "//network/")
+    assert network.store().find_own(request_of("a", "192.168.64.3")) == lease

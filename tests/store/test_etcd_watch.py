@@ -220,7 +220,7 @@ def test_after_a_wipe_peers_stay_until_they_have_come_back(
     assert follower.keys == {leases["b"].key, leases["c"].key}
     for name in "ab":
         request = request_of(name, str(leases[name].attrs.public_ip), previous=(leases[name].subnet, None), keep=True)
-        assert wait_until(lambda: nodes[name].acquire(config, request), timeout=30).key == leases[name].key  # noqa: B023
+        assert wait_until(lambda: nodes[name].acquire(config, request), timeout=30).key == leases[name].key
     wait_until(lambda: leases["a"].key in follower.keys)
     # The one that never came back goes in the end; the others were never absent.
     wait_until(lambda: follower.keys == {leases["a"].key, leases["b"].key}, timeout=30)
