@@ -47,6 +47,9 @@ HOST_CHECK_INTERVAL = 60.0
 REPORT_INTERVAL = 2.0
 """Seconds between looks at whether the store must be told of our health."""
 
+TICK = 4.0
+"""Seconds between looks that nothing triggers: what the kernel changes without a message is mended within five."""
+
 WATCH_STALL = 60.0
 """Seconds without a sign of life from the store after which this node is no longer ready."""
 
@@ -108,12 +111,13 @@ class Daemon:
             self.board.stop(1)
 
     def _reconcile(self) -> None:
-        dataplane = self.dataplane = make_dataplane(hooks_file(self.options.subnet_file))
+        self._netfilter = Netfilter()
+        dataplane = self.dataplane = make_dataplane(hooks_file(self.options.subnet_file), self._netfilter)
         try:
             self.wanted = WantedState(
                 self.board, self.health, self.metrics, dataplane, self.options.iface_can_reach, self._data_path_stands
             )
-            intervals = Intervals(tick=min(5.0, self.options.iptables_resync), resync=self.options.resync)
+            intervals = Intervals(tick=min(TICK, self.options.iptables_resync), resync=self.options.resync)
             self.reconciler = Reconciler(dataplane, self.wanted.wanted, self.wanted.report, intervals)
             self.board.wake_reconciler = self.reconciler.trigger
             self.reconciler.run(self.board.stopping.is_set)
