@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import structlog
@@ -130,7 +131,8 @@ class KubeStore:
     def find_own(self, request: LeaseRequest) -> Lease | None:  # noqa: ARG002 -- the node object says who we are
         node = self._node()
         try:
-            return parse_lease(self._keys, self._file.read(), node.metadata.name, node.annotations, node.cidrs)
+            lease = parse_lease(self._keys, self._file.read(), node.metadata.name, node.annotations, node.cidrs)
+            return lease and replace(lease, revision=node.revision)
         except BadNode as error:
             _log.warning("this node's annotations cannot be read; they are written anew", error=str(error))
             return None
@@ -201,7 +203,7 @@ class KubeStore:
         nodes.start()
         if self._policies is not None:
             self._policies.start()
-        shown: tuple[Mapping[str, Lease], NetworkConfig] | None = None
+        shown: tuple[object, ...] | None = None
         own: Node | None = None
         try:
             while not self._closed.is_set():
@@ -215,12 +217,12 @@ class KubeStore:
                 if fold.own is not None and fold.own is not own:
                     self._condition.observed(fold.own)
                 own = fold.own
-                if own is not None:
-                    self._repair_quietly(own)
-                leases = fold.leases
-                if fold.listed and (shown is None or leases is not shown[0] or config is not shown[1]):
-                    shown = (leases, config)
-                    yield LeaseSnapshot(config, leases, nodes.revision)
+                self._look_after(own)
+                # Our own podCIDR is told, too, when no lease depends on it yet: somebody waits for it.
+                state = (fold.leases, config, own.cidrs if own else None)
+                if fold.listed and (shown is None or shown != state):
+                    shown = state
+                    yield LeaseSnapshot(config, self._as_asked(state[0], own), nodes.revision)
         finally:
             nodes.close()
 
@@ -293,9 +295,9 @@ class KubeStore:
     def _publish(self, config: NetworkConfig, node: Node, attrs: LeaseAttrs) -> Lease:
         """Annotate our node where it differs; the lease as every peer will read it."""
         name = node.metadata.name
-        attrs = _enabled(config, attrs)
+        attrs = replace(_enabled(config, attrs), node=NodeIdentity(name))
         try:
-            effective = overwritten(self._keys, attrs, node.annotations, NodeIdentity(name))
+            effective = overwritten(self._keys, attrs, node.annotations)
         except BadNode as error:
             raise self._invalid(f"node {name}: {error}; mend or remove it") from None
         changes = difference(rendered(self._keys, effective), node.annotations)
@@ -308,13 +310,34 @@ class KubeStore:
             raise self._invalid(f"node {name}: {error}") from None
         if lease is None:
             raise LeaseLost(f"node {name}: somebody removed our annotations while they were written")
-        return lease
+        return replace(lease, attrs=attrs if lease.attrs == effective else lease.attrs, revision=node.revision)
 
-    def _repair_quietly(self, own: Node) -> None:
+    def _as_asked(self, leases: Mapping[str, Lease], own: Node | None) -> Mapping[str, Lease]:
+        """The leases, our own with the attributes that we asked for rather than those that an operator overwrote.
+
+        The daemon compares what it wants with what it sees, and an overwritten address would look like a difference.
+        """
+        asked = self._published
+        lease = self._fold.own_lease if self._fold is not None else None
+        if asked is None or own is None or lease is None or lease.attrs == asked:
+            return leases
         try:
-            self._repair(own)
+            effective = overwritten(self._keys, asked, own.annotations)
+        except BadNode:
+            return leases
+        if lease.attrs != effective or leases.get(lease.key) is not lease:
+            return leases
+        return MappingProxyType({**leases, lease.key: replace(lease, attrs=asked)})
+
+    def _look_after(self, own: Node | None) -> None:
+        """Once a second: our annotations and our condition are what they should be."""
+        try:
+            if own is not None:
+                self._repair(own)
+            if self._set_condition:
+                self._condition.settle(time.monotonic())
         except StoreError as error:
-            self._health.failed(error)
+            self._health.count(error.cause)
 
     def _repair(self, own: Node) -> None:
         """Put our annotations back if somebody altered them, or follow an overwrite annotation that changed."""
@@ -322,7 +345,7 @@ class KubeStore:
         if wanted is None or now - self._repaired < _REPAIR_EVERY or own.older_than(self._published_version):
             return
         try:
-            effective = overwritten(self._keys, wanted, own.annotations, NodeIdentity(own.metadata.name))
+            effective = overwritten(self._keys, wanted, own.annotations)
         except BadNode as error:
             self._events.about_node("Warning", "FlannelConfigInvalid", f"{error}; it is not followed")
             return

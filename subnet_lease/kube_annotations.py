@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, TypeVar
 
@@ -113,17 +113,14 @@ def parse_lease(
     return Lease(subnet if has_v4 else None, ipv6_subnet if has_v6 else None, attrs)
 
 
-def overwritten(keys: Keys, attrs: LeaseAttrs, annotations: Mapping[str, str], node: NodeIdentity) -> LeaseAttrs:
+def overwritten(keys: Keys, attrs: LeaseAttrs, annotations: Mapping[str, str]) -> LeaseAttrs:
     """What is really published: the operator's public-ip[v6]-overwrite annotations win. Raises BadNode."""
     v4 = _address(keys.name("public-ip-overwrite"), annotations, IPv4Address)
     v6 = _address(keys.name("public-ipv6-overwrite"), annotations, IPv6Address)
-    return LeaseAttrs(
+    return replace(
+        attrs,
         public_ip=v4 if v4 is not None and attrs.public_ip is not None else attrs.public_ip,
         public_ipv6=v6 if v6 is not None and attrs.public_ipv6 is not None else attrs.public_ipv6,
-        backend_type=attrs.backend_type,
-        backend_data=attrs.backend_data,
-        backend_v6_data=attrs.backend_v6_data,
-        node=node,
     )
 
 

@@ -38,8 +38,9 @@ PAGE: Final = 250
 """Nodes in one page of a list. A node is 15 to 40 KB on the wire, and a page is held while it is decoded; with 500 the
 peak at 5,000 nodes is 84 MB, with 250 it is about 70, with 100 no better."""
 
-SILENCE: Final = 75.0
-"""Seconds without a byte after which a watch is opened again. An API server sends a bookmark every minute."""
+SILENCE: Final = 40.0
+"""Seconds without a byte after which a watch is opened again, from where it was: that is the proof that the server
+still lives. Where many nodes send heartbeats, it does not come to that."""
 
 WATCH_SECONDS: Final = 300
 """How long the API server is asked to keep one watch open."""

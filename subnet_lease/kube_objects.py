@@ -53,10 +53,15 @@ class Node(msgspec.Struct, GlobalResource, frozen=True):
     def cidrs(self) -> list[str]:
         return self.spec.pod_cidrs or ([self.spec.pod_cidr] if self.spec.pod_cidr else [])
 
+    @property
+    def revision(self) -> int:
+        """The resource version as a number, 0 where it is none."""
+        version = self.metadata.resource_version
+        return int(version) if version.isdecimal() else 0
+
     def older_than(self, version: str) -> bool:
         """Whether this is the node as it was before the write that gave it ``version``."""
-        ours = self.metadata.resource_version
-        return ours.isdecimal() and version.isdecimal() and int(ours) < int(version)
+        return version.isdecimal() and 0 < self.revision < int(version)
 
 
 class NodeStatusPatch(msgspec.Struct, GlobalSubResource, frozen=True):

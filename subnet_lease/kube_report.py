@@ -82,19 +82,28 @@ class NodeCondition:
         self._api = api
         self._node = node
         self._events = events
+        self._told: tuple[bool, tuple[str, ...]] | None = None
         self._broken_since: float | None = None
         self._written: tuple[str, str, str] | None = None
         self._version = ""
 
     def report(self, ready: bool, reasons: tuple[str, ...], now: float) -> None:
-        """``now`` is monotonic. Raises StoreError; the next call tries again."""
+        """``now`` is monotonic. Raises StoreError; ``settle`` tries again."""
         if ready:
             self._broken_since = None
-            self._write(_UP)
-            return
-        if self._broken_since is None:
+        elif self._broken_since is None:
             self._broken_since = now
-        if now - self._broken_since >= BROKEN_AFTER:
+        self._told = (ready, reasons)
+        self.settle(now)
+
+    def settle(self, now: float) -> None:
+        """Write what was reported last, once it is time to. Called again and again; usually nothing is to be done."""
+        if self._told is None:
+            return
+        ready, reasons = self._told
+        if ready:
+            self._write(_UP)
+        elif self._broken_since is not None and now - self._broken_since >= BROKEN_AFTER:
             text = "; ".join(reasons) or "the data path is not ready"
             if self._written is None or self._written[0] != "True":
                 self._write(("True", "FlannelIsNotReady", text[:1024]))

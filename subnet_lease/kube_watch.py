@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Generic, Protocol
 
@@ -58,6 +59,11 @@ class Health:
 
     def count(self, cause: str) -> None:
         self._errors[cause] = self._errors.get(cause, 0) + 1
+
+
+def same_content(a: Lease, b: Lease) -> bool:
+    """Whether two leases differ in nothing but the revision at which they were read."""
+    return (a.subnet, a.ipv6_subnet, a.attrs) == (b.subnet, b.ipv6_subnet, b.attrs)
 
 
 class Handler(Protocol[Watched]):
@@ -197,6 +203,11 @@ class NodeFold:
         self._claims: dict[str, tuple[str, ...]] = {}
         self._bad: dict[str, str] = {}
 
+    @property
+    def own_lease(self) -> Lease | None:
+        """The lease that our own node stands for."""
+        return self._by_node.get(self._own_name)
+
     def relisted(self, nodes: Iterable[Node]) -> None:
         """Take over a complete list; departed nodes are gone afterwards."""
         own = None
@@ -272,7 +283,9 @@ class NodeFold:
             self._complain(name, str(error), before)
             return before
         self._bad.pop(name, None)
-        return before if lease == before else lease
+        if lease is None or before is None or not same_content(lease, before):
+            return lease and replace(lease, revision=node.revision)
+        return before
 
     def _complain(self, name: str, text: str, before: Lease | None) -> None:
         """Once for each node and fault, not once for each heartbeat."""

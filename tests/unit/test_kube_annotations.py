@@ -153,13 +153,13 @@ def test_what_cannot_be_read_is_named(change, cidrs, names):
 
 
 def test_an_overwrite_annotation_wins_over_our_own_address():
-    found = overwritten(KEYS, VXLAN, {KEYS.name("public-ip-overwrite"): "198.51.100.1"}, NodeIdentity("n7"))
+    found = overwritten(KEYS, VXLAN, {KEYS.name("public-ip-overwrite"): "198.51.100.1"})
     assert found.public_ip == IPv4Address("198.51.100.1")
     assert found.backend_data == VXLAN.backend_data
 
 
 def test_an_overwrite_of_a_family_that_is_not_run_has_no_effect():
-    found = overwritten(KEYS, VXLAN, {KEYS.name("public-ipv6-overwrite"): "2001:db8::1"}, NodeIdentity("n7"))
+    found = overwritten(KEYS, VXLAN, {KEYS.name("public-ipv6-overwrite"): "2001:db8::1"})
     assert found.public_ipv6 is None
 
 
