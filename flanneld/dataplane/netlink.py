@@ -77,8 +77,8 @@ def messages(data: bytes) -> Iterator[tuple[int, int, int, int]]:
         offset += (length + 3) & ~3
 
 
-def _open(receive_buffer: int) -> socket.socket:
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+def _open(receive_buffer: int, protocol: int = socket.NETLINK_ROUTE) -> socket.socket:
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     try:
         try:
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, receive_buffer)
@@ -92,10 +92,10 @@ def _open(receive_buffer: int) -> socket.socket:
 
 
 class Netlink:
-    """The socket for requests, in the network namespace in which it was made."""
+    """The socket for requests, in the network namespace in which it was made. ``protocol``: NETLINK_ROUTE or another."""
 
-    def __init__(self) -> None:
-        self._sock = _open(RECEIVE_BUFFER)
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._sock = _open(RECEIVE_BUFFER, protocol)
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
             self._sock.setsockopt(SOL_NETLINK, option, 1)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", ANSWER_SECONDS, 0))

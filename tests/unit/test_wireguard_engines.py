@@ -1,4 +1,4 @@
-"""The two ways to speak to a WireGuard device: netlink through pyroute2's tables, and wireguard-go's text protocol."""
+"""The two ways to speak to a WireGuard device: the kernel's netlink, compared with pyroute2, and wireguard-go's text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import struct
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
@@ -16,49 +17,129 @@ import pytest
 from pyroute2.netlink.generic.wireguard import AsyncWireGuard, wgmsg
 
 from flanneld.dataplane import wireguard_userspace
+from flanneld.dataplane.netlink import Netlink, NetlinkError
+from flanneld.dataplane.wire import NLMSG_DONE, attribute
 from flanneld.dataplane.wireguard_device import NotHere, PeerState, PeerWrite
-from flanneld.dataplane.wireguard_kernel import decode, encode
+from flanneld.dataplane.wireguard_kernel import NETLINK_GENERIC, PEERS_A_MESSAGE
 from flanneld.dataplane.wireguard_userspace import Userspace
+from flanneld.dataplane.wireguard_wire import (
+    CONTROL_FAMILY,
+    decode_device,
+    family_number,
+    family_request,
+    set_device,
+    set_peers,
+)
 
 KEY, PSK = (b64encode(bytes([n]) * 32).decode() for n in (1, 2))
 V4 = PeerWrite(KEY, endpoint="192.0.2.1:51820", allowed_ips=("10.5.1.0/24",), keepalive=25, preshared_key=PSK)
 V6 = PeerWrite(KEY, endpoint="[2001:db8::1]:51821", allowed_ips=("10.5.1.0/24", "fc00::/64"), preshared_key="")
 
 
-def through_netlink(write: PeerWrite) -> Any:
-    """The peer as bytes for the kernel and back, by the library's tables."""
+def told_to_pyroute2(body: bytes) -> Any:
+    """What pyroute2's tables make of a request of ours."""
+    message = wgmsg(struct.pack("=IHHII", 16 + len(body), 30, 5, 1, 0) + body)
+    message.decode()
+    return message
+
+
+def told_by_pyroute2(*peers: dict[str, Any]) -> tuple[int, bytes]:
+    """A device as pyroute2's tables write it, which is how the kernel does: message type and body."""
     message = wgmsg()
-    message["attrs"].append(["WGDEVICE_A_IFNAME", "flannel-wg"])
-    message["attrs"].append(["WGDEVICE_A_LISTEN_PORT", 51820])
-    message["attrs"].append(["WGDEVICE_A_PRIVATE_KEY", PSK])
-    AsyncWireGuard._wg_set_peer(AsyncWireGuard.__new__(AsyncWireGuard), message, encode(write))
+    message["attrs"] += [["WGDEVICE_A_LISTEN_PORT", 51820], ["WGDEVICE_A_PRIVATE_KEY", PSK]]
+    for peer in peers:
+        AsyncWireGuard._wg_set_peer(AsyncWireGuard.__new__(AsyncWireGuard), message, peer)
     message.encode()
-    back = wgmsg(message.data)
-    back.decode()
-    return back
+    return 30, bytes(message.data[16:])
+
+
+V4_TOLD = {
+    "public_key": KEY,
+    "endpoint_addr": "192.0.2.1",
+    "endpoint_port": 51820,
+    "allowed_ips": ["10.5.1.0/24"],
+    "persistent_keepalive": 25,
+    "preshared_key": PSK,
+}
+V6_TOLD = {
+    "public_key": KEY,
+    "endpoint_addr": "2001:db8::1",
+    "endpoint_port": 51821,
+    "allowed_ips": ["fc00::/64", "10.5.1.0/24"],
+    "preshared_key": "A" * 43 + "=",
+}
 
 
 def test_the_kernel_s_answer_becomes_the_device_s_state() -> None:
-    state = decode([through_netlink(V4)])
+    state = decode_device([told_by_pyroute2(V4_TOLD), (NLMSG_DONE, b"\0\0\0\0")])
     assert (state.private_key, state.listen_port) == (PSK, 51820)
     assert state.peers == {KEY: PeerState("192.0.2.1:51820", ("10.5.1.0/24",), 25, PSK)}
 
 
 def test_ipv6_and_the_key_of_zeros() -> None:
-    state = decode([through_netlink(V6)])
+    state = decode_device([told_by_pyroute2(V6_TOLD)])
     assert state.peers == {KEY: PeerState("[2001:db8::1]:51821", ("10.5.1.0/24", "fc00::/64"))}
 
 
 def test_a_peer_that_goes_on_in_the_next_message_is_one_peer() -> None:
-    more = PeerWrite(KEY, allowed_ips=("10.5.0.0/24",))
-    state = decode([through_netlink(V4), through_netlink(more)])
+    more = {"public_key": KEY, "allowed_ips": ["10.5.0.0/24"]}
+    state = decode_device([told_by_pyroute2(V4_TOLD), told_by_pyroute2(more)])
     assert state.peers[KEY].allowed_ips == ("10.5.0.0/24", "10.5.1.0/24")
     assert state.peers[KEY].endpoint == "192.0.2.1:51820"
 
 
+def test_handshake_and_counters() -> None:
+    times = (
+        attribute(6, struct.pack("=QQ", 1700000000, 5))
+        + attribute(7, struct.pack("=Q", 22))
+        + attribute(8, struct.pack("=Q", 11))
+    )
+    peer = attribute(0, attribute(1, b"\1" * 32) + times)
+    state = decode_device([(30, b"\0\1\0\0" + attribute(8, peer))])
+    assert state.peers == {KEY: PeerState(handshake=1700000000, received=22, sent=11)}
+
+
+@pytest.mark.parametrize("told", [V4_TOLD, V6_TOLD])
+def test_what_we_write_is_what_pyroute2_would(told: dict[str, Any]) -> None:
+    write = V4 if told is V4_TOLD else V6
+    (ours,) = told_to_pyroute2(set_peers("flannel-wg", [write])).get_attr("WGDEVICE_A_PEERS")
+    assert ours.get_attr("WGPEER_A_PUBLIC_KEY").decode() == KEY
+    assert ours.get_attr("WGPEER_A_PRESHARED_KEY").decode() == told["preshared_key"]
+    endpoint = ours.get_attr("WGPEER_A_ENDPOINT")
+    assert (endpoint["addr"], endpoint["port"]) == (told["endpoint_addr"], told["endpoint_port"])
+    assert {allowed["addr"] for allowed in ours.get_attr("WGPEER_A_ALLOWEDIPS")} == set(told["allowed_ips"])
+    assert ours.get_attr("WGPEER_A_FLAGS") == 2
+
+
+def test_the_device_s_own_settings() -> None:
+    message = told_to_pyroute2(set_device("flannel-wg", PSK, 51820))
+    assert (message["cmd"], message["version"]) == (1, 1)
+    assert message.get_attr("WGDEVICE_A_IFNAME") == "flannel-wg"
+    assert message.get_attr("WGDEVICE_A_LISTEN_PORT") == 51820
+    assert message.get_attr("WGDEVICE_A_PRIVATE_KEY").decode() == PSK
+
+
 def test_what_is_left_alone_is_not_sent() -> None:
-    assert encode(PeerWrite(KEY, keepalive=0)) == {"public_key": KEY, "persistent_keepalive": 0}
-    assert encode(PeerWrite(KEY, remove=True, endpoint="x:1")) == {"public_key": KEY, "remove": True}
+    message = told_to_pyroute2(
+        set_peers("x", [PeerWrite(KEY, keepalive=0), PeerWrite(KEY, remove=True, endpoint="x:1")])
+    )
+    keep, remove = message.get_attr("WGDEVICE_A_PEERS")
+    assert [name for name, _ in keep["attrs"]] == ["WGPEER_A_PUBLIC_KEY", "WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL"]
+    assert [name for name, _ in remove["attrs"]] == ["WGPEER_A_PUBLIC_KEY", "WGPEER_A_FLAGS"]
+    assert remove.get_attr("WGPEER_A_FLAGS") == 1
+
+
+def test_a_full_message_fits_its_attribute() -> None:
+    longest = PeerWrite(KEY, False, V6.endpoint, ("10.5.1.0/24", "fc00::/64"), 25, PSK)
+    assert len(set_peers("flannel-wg-v6", [longest] * PEERS_A_MESSAGE)) < 1 << 16
+
+
+def test_this_kernel_gives_its_families_numbers() -> None:
+    with contextlib.closing(Netlink(NETLINK_GENERIC)) as netlink:
+        assert family_number(netlink.get(CONTROL_FAMILY, family_request("nlctrl"))) == CONTROL_FAMILY
+        with pytest.raises(NetlinkError) as error:
+            netlink.get(CONTROL_FAMILY, family_request("no-such-family"))
+    assert error.value.errno == errno.ENOENT
 
 
 class FakeProgram:
