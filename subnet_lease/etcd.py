@@ -10,7 +10,6 @@ outside ``subnets/``, so that no flanneld is woken by it.
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -20,17 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
 import structlog
 
 from subnet_lease import allocation
 from subnet_lease.etcd_connection import EtcdConnection, EtcdLeaseGone, clean_prefix
-from subnet_lease.etcd_watch import EtcdStatus, LeaseReader, SnapshotWatch, decode_lease
+from subnet_lease.etcd_leases import LEASE_TTL, Grant, SignOfLife, keep_alive, revoke
+from subnet_lease.etcd_table import EtcdStatus, LeaseReader, decode_lease
+from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, subnet_key
 from subnet_lease.lease_wire import encode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import (
-    AccessDenied,
     ConfigMissing,
     LeaseLost,
     LeaseRequest,
@@ -43,10 +42,6 @@ from subnet_lease.store import (
 
 log = structlog.get_logger(__name__)
 
-LEASE_TTL: Final = 24 * 3600
-"""Seconds; flannel's."""
-UP_TTL: Final = 30
-"""Seconds after which a node that died no longer counts as alive."""
 UP_INTERVAL: Final = 10.0
 """Seconds between two signs of life."""
 RENEW_AT_LEAST: Final = 3600.0
@@ -99,7 +94,7 @@ class EtcdStore:
         self._reader = LeaseReader()
         self._watch = SnapshotWatch(self._connection, self._prefix, self._status, lambda: self._held, self._reader)
         self._renewed: dict[int, float] = {}  # etcd lease id -> time.monotonic() of its last renewal
-        self._up = _UpKey(self._connection, self._prefix, self._instance)
+        self._up = SignOfLife(self._connection, self._prefix, self._instance)
         self._random = random.Random()
         self._closed = threading.Event()
 
@@ -130,7 +125,7 @@ class EtcdStore:
         attrs = replace(request.attrs, node=request.identity)
         deadline = time.monotonic() + RACE_TIME
         pause = 0.02
-        grant = _Grant(self._connection)
+        grant = Grant(self._connection)
         try:
             while True:
                 lease = self._try_acquire(config, request, attrs, grant)
@@ -163,6 +158,8 @@ class EtcdStore:
 
     def publish(self, lease: Lease, attrs: LeaseAttrs) -> Lease:
         attrs = replace(attrs, node=attrs.node or lease.attrs.node)
+        if encode_attrs(attrs) == encode_attrs(lease.attrs):
+            return lease  # nothing that a peer could see
         if attrs.node is not None and not allocation.same_address(attrs, lease.attrs):
             request = LeaseRequest(attrs.node, attrs)
             rival = allocation.find_own(self._list(), request, self._liveness(request)).rival
@@ -190,7 +187,7 @@ class EtcdStore:
             self._held -= {lease.key}
             self._up.drop()
         if lease.store_ref and self._renewed.pop(lease.store_ref, None) is not None:
-            self._connection.call("release the lease", lambda client: _revoke(client, lease.store_ref))
+            self._connection.call("release the lease", lambda client: revoke(client, lease.store_ref))
 
     def watch(self) -> Iterator[LeaseSnapshot]:
         return self._watch.snapshots()
@@ -210,7 +207,7 @@ class EtcdStore:
     # -- acquire, step by step -----------------------------------------------------------------------------------
 
     def _try_acquire(
-        self, config: NetworkConfig, request: LeaseRequest, attrs: LeaseAttrs, grant: _Grant
+        self, config: NetworkConfig, request: LeaseRequest, attrs: LeaseAttrs, grant: Grant
     ) -> Lease | None:
         """One round on a fresh list; None when somebody else was faster."""
         leases = self._list()
@@ -245,7 +242,7 @@ class EtcdStore:
         return self._rewrite(own, attrs)
 
     def _create(
-        self, subnets: allocation.Subnets, attrs: LeaseAttrs, grant: _Grant, key_tells_all: bool
+        self, subnets: allocation.Subnets, attrs: LeaseAttrs, grant: Grant, key_tells_all: bool
     ) -> Lease | None:
         """Create the key if nobody has; where one key cannot tell, look whether an older lease overlaps it."""
         name = subnet_key(*subnets)
@@ -379,7 +376,7 @@ class EtcdStore:
         return alive
 
     def _keep_alive(self, lease_id: int) -> int:
-        return _keep_alive(self._connection, lease_id)
+        return keep_alive(self._connection, lease_id)
 
     def _lost(self, lease: Lease, current: Lease | None) -> LeaseLost:
         self._held -= {lease.key}
@@ -400,99 +397,3 @@ def _same_owner(current: Lease, ours: Lease) -> bool:
 
 def _end(prefix: str) -> str:
     return prefix[:-1] + chr(ord(prefix[-1]) + 1)
-
-
-def _revoke(client: Any, lease_id: int) -> None:
-    try:
-        client.revoke_lease(lease_id)
-    except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.NOT_FOUND:
-            raise
-
-
-def _keep_alive(connection: EtcdConnection, lease_id: int) -> int:
-    """Renew an etcd lease; the seconds it has now, 0 or less when it is gone."""
-    answers = connection.call("renew the lease", lambda client: list(client.refresh_lease(lease_id)))
-    return answers[0].TTL if answers else 0
-
-
-class _Grant:
-    """An etcd lease of 24 h, granted when it is first needed and handed back if nothing was attached to it."""
-
-    def __init__(self, connection: EtcdConnection) -> None:
-        self._connection = connection
-        self._id = 0
-        self.used = False
-
-    @property
-    def id(self) -> int:
-        if not self._id:
-            self._id = self._connection.call("obtain an etcd lease", lambda client: client.lease(LEASE_TTL).id)
-        return self._id
-
-    def drop_unused(self) -> None:
-        if self._id and not self.used:
-            try:
-                self._connection.call("return an etcd lease", lambda client: _revoke(client, self._id))
-            except StoreError as error:
-                log.debug("an unused etcd lease stays until it expires", error=str(error))
-
-
-class _UpKey:
-    """Our own sign of life: a key on a short etcd lease, and those of others."""
-
-    def __init__(self, connection: EtcdConnection, prefix: str, instance: str) -> None:
-        self._connection = connection
-        self._prefix = f"{prefix}/up/"
-        self._instance = instance
-        self._lease_id = 0
-        self._name = ""
-        self._denied = False
-
-    def read(self, name: str) -> str | None:
-        """The instance that says it owns this lease and runs, None when nobody does."""
-        try:
-            answer = self._connection.call(
-                "read a sign of life", lambda client: client.get_response(self._prefix + name)
-            )
-        except AccessDenied:
-            return None  # told when we write ours
-        for kv in answer.kvs:
-            try:
-                return str(json.loads(kv.value)["Instance"])
-            except (ValueError, KeyError, TypeError):
-                return ""
-        return None
-
-    def names(self) -> frozenset[str]:
-        """The leases whose owners give a sign of life."""
-        answer = self._connection.call(
-            "read the signs of life", lambda client: client.get_prefix_response(self._prefix, keys_only=True)
-        )
-        return frozenset(kv.key.decode("utf-8", "replace").removeprefix(self._prefix) for kv in answer.kvs)
-
-    def hold(self, name: str, node: str) -> None:
-        """Show that the owner of this lease runs; to be repeated within UP_TTL."""
-        try:
-            if self._name == name and self._lease_id and _keep_alive(self._connection, self._lease_id) > 0:
-                return
-            self._put(name, node)
-        except AccessDenied as error:
-            if not self._denied:
-                log.warning("a clone of this node could take its address unnoticed: no sign of life", error=str(error))
-            self._denied = True
-
-    def _put(self, name: str, node: str) -> None:
-        self.drop()
-        value = json.dumps({"Instance": self._instance, "Node": node}, separators=(",", ":"))
-        lease_id = self._connection.call("obtain an etcd lease", lambda client: client.lease(UP_TTL).id)
-        self._connection.call(
-            "show a sign of life", lambda client: client.put(self._prefix + name, value, lease=lease_id)
-        )
-        self._lease_id, self._name = lease_id, name
-
-    def drop(self) -> None:
-        """Take the sign back: we are gone on purpose."""
-        if self._lease_id:
-            lease_id, self._lease_id, self._name = self._lease_id, 0, ""
-            self._connection.call("take back the sign of life", lambda client: _revoke(client, lease_id))

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
-from subnet_lease.etcd_watch import EtcdStatus, SnapshotWatch, decode_lease
+from subnet_lease.etcd_table import EtcdStatus, decode_lease
+from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import encode_attrs
 from subnet_lease.store import ConfigMissing, StoreError

@@ -1,7 +1,7 @@
-"""From etcd's list and watch to complete snapshots: one read, then events folded into a table.
+"""etcd's list and watch, run for as long as the store lives: resumed after a break, listed again when in doubt.
 
-``WatchStream`` is one watch on the wire; ``SnapshotTable`` is the fold, without I/O; ``SnapshotWatch`` runs both for as
-long as the store lives. Nothing here raises into the daemon: a failure is counted, told once, and outlasted.
+``WatchStream`` is one watch on the wire, ``SnapshotWatch`` keeps one going and folds it into ``etcd_table``'s table.
+Nothing here raises into the daemon: a failure is counted, told once, and outlasted.
 """
 
 from __future__ import annotations
@@ -10,24 +10,16 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Final
 
 import grpc
-import structlog
 from etcd3 import etcdrpc
 
-from subnet_lease import allocation
 from subnet_lease.etcd_connection import EtcdConnection
-from subnet_lease.lease import Lease, LeaseSnapshot
-from subnet_lease.lease_wire import decode_attrs, parse_subnet_key
-from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
+from subnet_lease.etcd_table import PUT, EtcdStatus, LeaseReader, SnapshotTable
+from subnet_lease.lease import LeaseSnapshot
 from subnet_lease.store import ConfigMissing, StoreError, StoreUnavailable
-
-log = structlog.get_logger(__name__)
 
 QUIET: Final = 4.0
 """Seconds without a message after which the watch is asked for a sign of life."""
@@ -37,233 +29,6 @@ BACKOFF: Final = (0.1, 5.0)
 """First and longest pause, in seconds, between attempts."""
 STORM: Final = 0.005
 """Seconds for which changes are collected when one snapshot follows another at once; the first is never delayed."""
-GRACE: Final = 60.0
-"""Seconds for which the leases of a wiped or restored etcd are kept while their owners claim them again."""
-_PUT: Final = 0  # etcd's Event.EventType: PUT, DELETE
-
-
-Mark = tuple[int, int, int]
-"""Revision, etcd lease and hash of a value: what tells two versions of a key apart."""
-
-
-def decode_lease(key: str, value: bytes, revision: int, lease_id: int) -> Lease:
-    """A lease from its key (without prefix) and value. ValueError says what is wrong."""
-    v4, v6 = parse_subnet_key(key)
-    attrs = decode_attrs(value.decode("utf-8", "replace"))
-    return Lease(v4, v6, attrs, revision=revision, reservation=lease_id == 0, store_ref=lease_id)
-
-
-class LeaseReader:
-    """Decodes leases and remembers them: a start reads the same list three times, and decoding is what costs."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[Mark, Lease]] = {}
-
-    def read(self, key: str, kv: Any) -> tuple[Mark, Lease]:
-        """The mark and the lease of a key-value pair; ValueError says what is wrong with it."""
-        known = self._known.get(key)
-        mark = (kv.mod_revision, kv.lease, hash(kv.value))
-        if known is not None and known[0] == mark:
-            return known
-        known = mark, decode_lease(key, kv.value, kv.mod_revision, kv.lease)
-        self._known[key] = known
-        return known
-
-    def forget(self, key: str) -> None:
-        self._known.pop(key, None)
-
-
-@dataclass
-class EtcdStatus:
-    """How the connection fares; written by the store's threads, read by anyone."""
-
-    last_contact: float | None = None
-    last_error: str | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    _cause: str = ""
-
-    @property
-    def errors(self) -> dict[str, int]:
-        return dict(self.counts)
-
-    def alive(self) -> None:
-        """The watch has just been heard of."""
-        self.last_contact = time.monotonic()
-        if self.last_error is not None:
-            self.last_error = None
-            log.info("the watch on etcd works again")
-
-    def failed(self, error: StoreError) -> None:
-        """Count a failure of the watch; tell it once, until it is another one or heals."""
-        self.counts[error.cause] += 1
-        if self.last_error is None or error.cause != self._cause:
-            log.warning("the watch on etcd fails; the last known leases stay in use", error=str(error))
-        self.last_error, self._cause = str(error), error.cause
-
-
-class SnapshotTable:
-    """The leases and the configuration as last read. Knows nothing of connections."""
-
-    def __init__(
-        self, prefix: str, status: EtcdStatus, held: Callable[[], frozenset[str]], reader: LeaseReader
-    ) -> None:
-        self._reader = reader
-        self._config_key = f"{prefix}/config".encode()
-        self._subnets = f"{prefix}/subnets/".encode()
-        self._status = status
-        self._held = held
-        self._bad: dict[str, int] = {}
-        self._marks: dict[str, Mark] = {}
-        self._lingering: dict[str, float] = {}  # key -> time.monotonic() at which it goes
-        self._config_text: bytes | None = None
-        self.leases: dict[str, Lease] = {}
-        self.config: NetworkConfig | None = None
-        self.revision = 0
-
-    def snapshot(self) -> LeaseSnapshot | None:
-        """The state now, None while there has never been a usable configuration."""
-        if self.config is None:
-            return None
-        return LeaseSnapshot(self.config, MappingProxyType(self.leases.copy()), self.revision)
-
-    def witness(self) -> tuple[bytes, Mark] | None:
-        """The youngest lease known: if etcd still has it just so, it is the etcd that we knew."""
-        if not self._marks:
-            return None
-        key, mark = max(self._marks.items(), key=lambda item: item[1][0])
-        return self._subnets + key.encode(), mark
-
-    def replace(self, kvs: Iterable[Any], revision: int, other_history: bool = False) -> bool:
-        """Take a complete list; true if a reader would see a difference.
-
-        ``other_history``: this is not the etcd that we followed, but an empty or restored one in its place.
-        """
-        wiped = other_history or revision < self.revision
-        if wiped:
-            self._marks.clear()  # revisions of another history say nothing
-        changed = False
-        seen: set[str] = set()
-        config: bytes | None = None
-        for kv in kvs:
-            if kv.key == self._config_key:
-                config = kv.value
-            elif kv.key.startswith(self._subnets):
-                seen.add(kv.key[len(self._subnets) :].decode("utf-8", "replace"))
-                changed |= self._put(kv)
-        wiped |= config is None and self._config_text is not None
-        changed |= self._set_config(config)
-        gone = [key for key in self.leases if key not in seen and key not in self._lingering]
-        if wiped:
-            self._linger(gone)
-            changed |= self._drop(key for key in gone if key not in self._lingering)
-        else:
-            changed |= self._drop(gone)
-        self.revision = revision
-        return changed
-
-    def apply(self, events: Iterable[Any], wiped: bool = False) -> bool:
-        """Fold watch events in; true if a reader would see a difference. ``wiped``: leases went with everything else."""
-        changed = False
-        gone: dict[str, None] = {}
-        for event in events:
-            kv = event.kv
-            self.revision = max(self.revision, kv.mod_revision)
-            if kv.key.startswith(self._subnets):
-                key = kv.key[len(self._subnets) :].decode("utf-8", "replace")
-                if event.type == _PUT:
-                    changed |= self._put(kv)
-                    gone.pop(key, None)
-                else:
-                    gone[key] = None
-            elif kv.key == self._config_key:
-                changed |= self._set_config(kv.value if event.type == _PUT else None)
-        if wiped or self._config_text is None:
-            self._linger([key for key in gone if key in self.leases])
-        return self._drop(key for key in gone if key not in self._lingering) or changed
-
-    def expire(self) -> bool:
-        """Drop what lingers beyond its time; true if a reader would see a difference."""
-        if not self._lingering:
-            return False
-        now = time.monotonic()
-        late = [key for key, until in self._lingering.items() if until <= now]
-        if late:
-            log.warning("leases that nobody claimed again after etcd was wiped are gone", leases=sorted(late))
-        return self._drop(late)
-
-    @property
-    def next_expiry(self) -> float | None:
-        """time.monotonic() at which ``expire`` has something to do."""
-        return min(self._lingering.values(), default=None)
-
-    def _put(self, kv: Any) -> bool:
-        key = kv.key[len(self._subnets) :].decode("utf-8", "replace")
-        try:
-            mark, lease = self._reader.read(key, kv)
-        except ValueError as error:
-            value_hash = hash(kv.value)
-            if self._bad.get(key) != value_hash:
-                self._bad[key] = value_hash
-                self._status.counts["bad_key"] += 1
-                known = "its last good value stays in use" if key in self.leases else "it is ignored"
-                log.warning(f"unreadable lease in etcd; {known}", key=key, error=str(error))
-            return False
-        if self._marks.get(key) == mark:
-            return False
-        self._bad.pop(key, None)
-        self._marks[key] = mark
-        self._lingering.pop(key, None)
-        self.leases[key] = lease
-        if self._lingering:
-            rivals = allocation.overlapping(
-                [self.leases[other] for other in self._lingering], (lease.subnet, lease.ipv6_subnet)
-            )
-            self._drop([rival.key for rival in rivals])
-        return True
-
-    def _drop(self, keys: Iterable[str]) -> bool:
-        changed = False
-        for key in keys:
-            self._bad.pop(key, None)
-            self._marks.pop(key, None)
-            self._lingering.pop(key, None)
-            self._reader.forget(key)
-            changed |= self.leases.pop(key, None) is not None
-        return changed
-
-    def _linger(self, keys: Iterable[str]) -> None:
-        """Keep leases that vanished with the whole store, ours excepted: their owners will claim them again."""
-        held = self._held()
-        kept = [key for key in keys if key not in held]
-        until = time.monotonic() + GRACE
-        for key in kept:
-            self._marks.pop(key, None)
-            self._lingering[key] = until
-        if kept:
-            log.warning("etcd was wiped or restored; these peers stay for now", peers=len(kept), seconds=GRACE)
-
-    def _set_config(self, text: bytes | None) -> bool:
-        if text == self._config_text and self.config is not None:
-            return False
-        if text is None:
-            if self._config_text is not None:
-                log.warning("the network configuration is gone from etcd; the last good one stays in use")
-                self._status.counts["config_missing"] += 1
-            self._config_text = None
-            return False
-        if text == self._config_text:
-            return False
-        self._config_text = text
-        try:
-            config = validate_for_allocation(parse_network_config(text.decode("utf-8", "replace")))
-        except StoreError as error:
-            self._status.counts[error.cause] += 1
-            stay = "the last good one stays in use" if self.config else "waiting for a usable one"
-            log.error(f"unusable network configuration in etcd; {stay}", error=str(error))
-            return False
-        changed = config != self.config
-        self.config = config
-        return changed
 
 
 class StreamEnded(Exception):
@@ -473,7 +238,7 @@ class SnapshotWatch:
 
     def _wiped(self, events: list[Any]) -> bool:
         """Whether leases are deleted because the whole prefix is: the configuration's end comes in its own message."""
-        deleted = sum(event.type != _PUT for event in events)
+        deleted = sum(event.type != PUT for event in events)
         if not deleted or deleted * 2 < len(self._table.leases):
             return False
         try:

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from flanneld.lab.etcd import Etcd
 from flanneld.lab.wait import wait_until
-from subnet_lease import etcd_watch
+from subnet_lease import etcd_table, etcd_watch
 from subnet_lease.lease import Lease
 from tests.store.conftest import Network, request_of
 from tests.store.tcp_proxy import TcpProxy
@@ -143,9 +143,9 @@ def test_after_a_short_break_the_watch_resumes_without_a_new_list(
     put(network, 1)
     last = put(network, 2)
     lists: list[int] = []
-    replace = etcd_watch.SnapshotTable.replace
+    replace = etcd_table.SnapshotTable.replace
     monkeypatch.setattr(
-        etcd_watch.SnapshotTable, "replace", lambda self, *args: lists.append(1) or replace(self, *args)
+        etcd_table.SnapshotTable, "replace", lambda self, *args: lists.append(1) or replace(self, *args)
     )
     with TcpProxy(network.etcd.port) as wire:
         follower = network.follow(network.store(endpoints=[wire.endpoint]))
@@ -203,7 +203,7 @@ def test_etcd_restarts(own_network: Network) -> None:
 def test_after_a_wipe_peers_stay_until_they_have_come_back(
     own_network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcd_watch, "GRACE", 4.0)
+    monkeypatch.setattr(etcd_table, "GRACE", 4.0)
     nodes = {name: own_network.store(f"kernel-{name}") for name in "abc"}
     config = nodes["a"].read_config()
     leases = {
@@ -231,7 +231,7 @@ def test_after_a_wipe_peers_stay_until_they_have_come_back(
 def test_after_a_restore_the_snapshot_is_what_etcd_says(
     own_network: Network, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(etcd_watch, "GRACE", 3.0)
+    monkeypatch.setattr(etcd_table, "GRACE", 3.0)
     etcd = own_network.etcd
     put(own_network, 1, "02:00:00:00:00:01")
     put(own_network, 2)
@@ -284,7 +284,7 @@ def test_a_restored_etcd_that_has_overtaken_the_old_one_is_not_mistaken_for_it(
 def test_the_whole_prefix_deleted_keeps_the_peers_for_a_while(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcd_watch, "GRACE", 1.0)
+    monkeypatch.setattr(etcd_table, "GRACE", 1.0)
     key = put(network, 1)
     follower = network.follow(network.store())
     wait_until(lambda: follower.keys == {key})
