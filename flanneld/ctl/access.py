@@ -7,9 +7,9 @@ import dataclasses
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from flanneld.ctl.output import Problem, note
 
@@ -89,10 +89,13 @@ def _log_to_stderr() -> None:
     """What the stores log must never mix with what a command prints."""
     import structlog
 
-    structlog.configure(
-        processors=[structlog.processors.add_log_level, structlog.processors.KeyValueRenderer(key_order=["event"])],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    def render(_logger: object, level: str, event: MutableMapping[str, Any]) -> str:
+        details = "; ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "error"))
+        return f"{level}: {event['event']}{': ' if 'error' in event else ''}{event.get('error', '')}" + (
+            f" ({details})" if details else ""
+        )
+
+    structlog.configure(processors=[render], logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
 class KubeAccess:

@@ -243,6 +243,7 @@ def test_no_etcd_is_said_in_one_sentence(ctl: Run, monkeypatch: pytest.MonkeyPat
     code, _, err = ctl("leases")
     assert code == 1
     assert "etcd does not answer" in err and "http://127.0.0.1:1" in err
+    assert "next:  check that it runs" in err
     assert "Traceback" not in err
 
 
