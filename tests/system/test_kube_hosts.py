@@ -1,0 +1,132 @@
+"""Hosts of a cluster: daemons with --kube-subnet-mgr, an API server between them, containers that reach each other.
+
+The API server is the fake one: nodes and their podCIDRs are what kubelet and the controller manager would have made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from flanneld.lab.hosts import Lab
+from flanneld.lab.wait import wait_until
+from tests.testbed.fake_kube import FakeKube
+
+PREFIX = "flannel.alpha.coreos.com/"
+NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
+
+
+class Cluster:
+    """A lab whose leases are nodes of an API server in a namespace of its own."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.net_conf = lab.directory / "net-conf.json"
+        self.configure(NET_CONF)
+        with lab.etcd_ns.inside():
+            self.kube = FakeKube(address=str(lab.underlay[2]))
+
+    def configure(self, config: dict[str, object]) -> None:
+        self.net_conf.write_text(json.dumps(config))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (
+            "--kube-subnet-mgr",
+            f"--kube-api-url={self.kube.url}",
+            f"--net-config-path={self.net_conf}",
+            "--ip-masq",
+        )
+
+    def join(self, *, pod_cidrs: bool = True) -> None:
+        """Register every host as kubelet does, and start its daemon."""
+        for number, host in enumerate(self.lab.hosts, 1):
+            self.kube.add_node(host.name, *([f"10.244.{number}.0/24"] if pod_cidrs else []))
+            host.start_daemon(*self.flags)
+
+    def stop_api(self) -> None:
+        self.kube.stop()
+
+    def start_api(self) -> None:
+        with self.lab.etcd_ns.inside():
+            self.kube.start()
+
+    def condition(self, name: str) -> str:
+        conditions = self.kube.node(name)["status"]["conditions"]
+        return next((c["status"] for c in conditions if c["type"] == "NetworkUnavailable"), "")
+
+
+@pytest.fixture
+def cluster(make_lab: Callable[..., Lab]) -> Iterator[Cluster]:
+    cluster = Cluster(make_lab(2, etcd=False))
+    yield cluster
+    cluster.kube.stop()
+
+
+def test_containers_on_two_nodes_reach_each_other(cluster):
+    lab, kube = cluster.lab, cluster.kube
+    cluster.join()
+    for host in lab.hosts:
+        host.daemon.wait_ready(30)
+    lab.wait_peers()
+    a, b = lab.hosts[0].container("a"), lab.hosts[1].container("b")
+    assert a.address.startswith("10.244.1.")
+    assert a.ping(b.address).ok
+    assert b.ping(a.address).ok
+    for host in lab.hosts:
+        mac = json.loads(host.run("ip -j link show flannel.1"))[0]["address"]
+        assert kube.annotations(host.name) == {
+            PREFIX + "backend-data": f'{{"VNI":1,"VtepMAC":"{mac}"}}',
+            PREFIX + "backend-type": "vxlan",
+            PREFIX + "kube-subnet-manager": "true",
+            PREFIX + "public-ip": host.address,
+        }
+        wait_until(lambda name=host.name: cluster.condition(name) == "False", 10, "NetworkUnavailable=False")
+
+
+@pytest.mark.field_problem(9)
+def test_a_daemon_waits_for_its_pod_cidr_and_goes_on_within_five_seconds(cluster):
+    cluster.join(pod_cidrs=False)
+    daemon = cluster.lab.hosts[0].daemon
+    wait_until(lambda: "pod cidr not assigned" in daemon.get("/readyz").text, 20, daemon.why_not)
+    assert "--pod-network-cidr" in daemon.get("/readyz").text
+    cluster.kube.patch_node("h1", {"spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]}})
+    wait_until(lambda: daemon.subnet_env().get("FLANNEL_SUBNET") == "10.244.1.1/24", 5, daemon.why_not)
+
+
+@pytest.mark.field_problem(8)
+def test_a_restart_without_the_api_server_keeps_the_data_path_and_heals(cluster):
+    lab = cluster.lab
+    cluster.join()
+    for host in lab.hosts:
+        host.daemon.wait_ready(30)
+    lab.wait_peers()
+    a, b = lab.hosts[0].container("a"), lab.hosts[1].container("b")
+    assert a.ping(b.address).ok
+    mac = cluster.kube.annotations("h1")[PREFIX + "backend-data"]
+    daemon = lab.hosts[0].daemon
+    cluster.stop_api()
+    daemon.restart()
+    wait_until(lambda: daemon.get("/readyz").status == 503, 20, daemon.why_not)
+    wait_until(lambda: cluster.kube.url in daemon.get("/readyz").text, 20, daemon.why_not)
+    assert a.ping(b.address).ok
+    assert daemon.running
+    cluster.start_api()
+    daemon.wait_ready(30)
+    assert a.ping(b.address).ok
+    assert cluster.kube.annotations("h1")[PREFIX + "backend-data"] == mac
+
+
+@pytest.mark.field_problem(41)
+def test_a_node_that_is_deleted_leaves_no_route_behind_and_a_new_one_is_reached(cluster):
+    lab = cluster.lab
+    cluster.join()
+    lab.wait_peers()
+    lab.hosts[1].daemon.stop()
+    cluster.kube.delete_node("h2")
+    first = lab.hosts[0]
+    wait_until(lambda: "10.244.2.0/24" not in first.run("ip route"), 10, lambda: first.run("ip route"))
+    cluster.kube.add_peer("h9", "10.244.9.0/24", "172.30.0.99", "02:00:00:00:00:09")
+    wait_until(lambda: "10.244.9.0/24" in first.run("ip route"), 5, lambda: first.run("ip route"))
