@@ -117,9 +117,9 @@ class Host:
         """Until nothing more is to be told (the kernel settles addresses and carriers after the fact)."""
         while True:
             begin = time.monotonic()
-            self.dataplane.wait(0.3)
+            self.dataplane.wait(0.12)
             self.observe()
-            if time.monotonic() - begin > 0.25:
+            if time.monotonic() - begin > 0.1:
                 return
 
 

@@ -82,7 +82,7 @@ def test_altered_in_place(host: Host, wanted: Link) -> None:
 
 
 @pytest.mark.field_problem(22)
-def test_an_altered_local_address_carries_both_directions(host: Host) -> None:
+def test_altered_local_address_and_underlay_carry_both_directions(host: Host) -> None:
     with Namespace("links-far") as far:
         veth(host.ns, "up0", far, "up0")
         host.ip("addr add 172.20.0.1/24 dev up0")
@@ -95,17 +95,26 @@ def test_an_altered_local_address_carries_both_directions(host: Host) -> None:
         far.run("ip addr add 10.5.1.0/32 dev vx0")
         far.run("ip route add 10.5.0.0/16 dev vx0")
         far.run(f"ip neigh add 10.5.0.0 lladdr {LINK.mac} dev vx0 nud permanent")
-        link = Link(DEV, Vxlan(1, "172.20.0.1", "up0"), 1450, LINK.mac)
+        veth(host.ns, "up1", far, "up1")
+        host.ip("addr add 172.21.0.1/24 dev up1")
+        far.run("ip addr add 172.21.0.9/24 dev up1")
         records: list[Record] = [
-            FdbEntry(DEV, "0a:58:00:00:00:99", "172.20.0.9"),
             Neighbour(DEV, "10.5.1.0", "0a:58:00:00:00:99"),
             Route("10.5.1.0/24", DEV, "10.5.1.0", onlink=True),
         ]
-        for local in ("172.20.0.1", "172.20.0.2"):
-            wanted = replace(link, settings=Vxlan(1, local, "up0"))
-            assert host.put(wanted, HOST[2], *records) == []
+        indexes = set()
+        for underlay, local, remote in (
+            ("up0", "172.20.0.1", "172.20.0.9"),
+            ("up0", "172.20.0.2", "172.20.0.9"),
+            ("up1", "172.21.0.1", "172.21.0.9"),
+        ):
+            wanted = Link(DEV, Vxlan(1, local, underlay), 1450, LINK.mac)
+            assert host.put(wanted, HOST[2], FdbEntry(DEV, "0a:58:00:00:00:99", remote), *records) == []
+            assert host.fresh()[wanted.key] == replace(wanted, tx_checksum=True)
             far.run(f"bridge fdb replace {LINK.mac} dst {local} dev vx0")
             host.ns.run("ping -c1 -W2 10.5.1.0")
+            indexes.add(details(host, DEV)["ifindex"])
+        assert len(indexes) == 1, "the device was made anew"
 
 
 @pytest.mark.parametrize(
