@@ -20,7 +20,8 @@ class PeerTable:
         self.senders: Counter[Hop] = Counter()
         """The addresses and ports that peers send from: no other may."""
         self._subnets: dict[str, Hop] = {}
-        self._lookups: list[tuple[int, dict[int, Hop]]] = []
+        self.lookups: list[tuple[int, dict[int, Hop]]] = []
+        """Netmasks, longest first, and the networks of that length."""
 
     def put(self, subnet: str, hop: Hop) -> None:
         """Packets for ``subnet`` (CIDR) go to ``hop``. ValueError names what is not an address."""
@@ -55,7 +56,7 @@ class PeerTable:
 
     def next_hop(self, address: int) -> Hop | None:
         """The peer with the longest subnet that contains ``address``."""
-        for mask, table in self._lookups:
+        for mask, table in self.lookups:
             hop = table.get(address & mask)
             if hop is not None:
                 return hop
@@ -65,4 +66,4 @@ class PeerTable:
         return [(subnet, *hop) for subnet, hop in self._subnets.items()]
 
     def _rank(self) -> None:
-        self._lookups = sorted(self._by_mask.items(), reverse=True)
+        self.lookups = sorted(self._by_mask.items(), reverse=True)

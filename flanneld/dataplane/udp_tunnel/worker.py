@@ -33,6 +33,7 @@ OUTBOUND: Final = struct.Struct("!BB8xBxHxxxxBBHxxxxI")
 INBOUND: Final = struct.Struct("!BxHxxxxBBH")
 """An IPv4 header's version, total length, TTL, protocol and checksum."""
 TTL_TO_CHECK: Final = struct.Struct("!BBH")
+TTL_AT: Final = VNET_SIZE + 8
 STRIDE: Final = struct.Struct("=H")
 GRO_SIZE: Final = struct.Struct("=i")
 ANCILLARY: Final = socket.CMSG_SPACE(GRO_SIZE.size)
@@ -103,10 +104,10 @@ class Tunnel:
 
     def run(self) -> None:
         """Carry packets until a ``stop`` command. DeviceGone when the device is deleted."""
-        poll = self._epoll.poll
+        poll, tun = self._epoll.poll, self.tun
         while self._running:
-            for descriptor, events in poll():
-                if descriptor == self.tun:
+            for descriptor, events in poll(-1, 8):
+                if descriptor == tun:
                     self._drain_tun(events)
                 elif descriptor == self._udp_fd:
                     self._drain_udp()
@@ -120,11 +121,32 @@ class Tunnel:
         """Read packets until there are none, or the burst is full.
 
         The first leaves at once, so that a lone packet waits for nothing; those behind it leave together where they can.
+        The walk of a plain packet is written out here, short, since that is what its round trip consists of.
         """
-        first = True
+        frame, tun, into, first = self._frame, self.tun, self._from_tun, True
         try:
             for _ in range(BURST):
-                self._outbound(os.readv(self.tun, self._from_tun) - VNET_SIZE, first)
+                size = os.readv(tun, into) - VNET_SIZE
+                flags, kind, version, total, ttl, protocol, check, to = OUTBOUND.unpack_from(frame)
+                hop = None
+                if version == 0x45 and total == size and ttl > 1:
+                    for mask, table in self.peers.lookups:
+                        hop = table.get(to & mask)
+                        if hop is not None:
+                            break
+                if hop is None:
+                    self._slow_outbound(size)
+                    continue
+                check += 0x100
+                TTL_TO_CHECK.pack_into(
+                    frame, TTL_AT, ttl - 1, protocol, check if check < 0xFFFF else check + 1 & 0xFFFF
+                )
+                if kind or flags:
+                    self._offloaded(size, kind, hop)
+                elif first:
+                    self._send_one(frame[VNET_SIZE : VNET_SIZE + size], hop)
+                else:
+                    self._queue(size, hop)
                 first = False
         except BlockingIOError:
             pass
@@ -148,39 +170,30 @@ class Tunnel:
         self._epoll.modify(self.tun, select.EPOLLIN | (select.EPOLLET if down else 0))
 
     def _drain_udp(self) -> None:
-        receive, into = self.udp.recvmsg_into, self._from_udp
+        """Receive datagrams while they come in bulk; after a lone one the TUN has its turn, as an answer may wait there."""
+        receive, into, view = self.udp.recvmsg_into, self._from_udp, self._arrived
         try:
             for _ in range(BURST):
                 size, ancillary, _, sender = receive(into, ANCILLARY, socket.MSG_DONTWAIT)
-                self._inbound(size, GRO_SIZE.unpack(ancillary[0][2])[0] if ancillary else size, sender)
+                if ancillary or sender not in self.peers.senders:
+                    self._inbound(size, GRO_SIZE.unpack(ancillary[0][2])[0] if ancillary else size, sender)
+                    continue
+                version, total, ttl, protocol, check = INBOUND.unpack_from(view, VNET_SIZE)
+                if version == 0x45 and packet.MIN_HEADER <= total <= size and ttl > 1:
+                    check += 0x100
+                    TTL_TO_CHECK.pack_into(
+                        view, TTL_AT, ttl - 1, protocol, check if check < 0xFFFF else check + 1 & 0xFFFF
+                    )
+                    self._write(view[: VNET_SIZE + total], 1)
+                else:
+                    self._deliver(0, size)
+                return
         except BlockingIOError:
             pass
         except OSError:
             self.counters["errors_reported"] += 1  # an ICMP error about an earlier packet; it is that peer's affair
 
     # From the TUN to peers
-
-    def _outbound(self, size: int, alone: bool) -> None:
-        flags, kind, version, total, ttl, protocol, check, to = OUTBOUND.unpack_from(self._frame)
-        if version >> 4 != 4:
-            self.counters["drop_not_ipv4"] += 1
-            return
-        if version < 0x45 or total != size:
-            self.counters["drop_malformed"] += 1
-            return
-        hop = self.peers.next_hop(to)
-        if hop is None or ttl <= 1:
-            self._refuse_outbound(hop, self._packet.view, size)
-            return
-        check += 0x100
-        TTL_TO_CHECK.pack_into(self._packet.view, 8, ttl - 1, protocol, check if check < 0xFFFF else check + 1 & 0xFFFF)
-        if not kind and not flags:
-            if alone:
-                self._send_one(self._packet.view[:size], hop)
-            else:
-                self._queue(size, hop)
-        else:
-            self._offloaded(size, kind, hop)
 
     def _offloaded(self, size: int, kind: int, hop: Hop) -> None:
         """Do what the kernel left to the hardware: segments, or only a checksum."""
@@ -265,15 +278,28 @@ class Tunnel:
             return False
         return True
 
-    def _refuse_outbound(self, hop: Hop | None, view: memoryview, size: int) -> None:
+    def _slow_outbound(self, size: int) -> None:
+        """Say and count why a packet goes no further; one with IP options takes its way from here."""
+        view = self._packet.view
+        if view[0] >> 4 != 4:
+            self.counters["drop_not_ipv4"] += 1
+            return
         if not packet.is_ipv4(view, size):
             self.counters["drop_malformed"] += 1
-        elif hop is None:
+            return
+        hop = self.peers.next_hop(packet.destination(view))
+        if hop is None:
             self.counters["drop_no_peer"] += 1
             self._refuse(packet.NET_UNREACHABLE, view, size)
-        else:
+        elif not packet.decrement_ttl(view):
             self.counters["drop_ttl_expired"] += 1
             self._refuse(packet.TIME_EXCEEDED, view, size)
+        else:
+            flags, kind, *_ = VNET_HEADER.unpack_from(self._frame)
+            if kind or flags:
+                self._offloaded(size, kind, hop)
+            else:
+                self._queue(size, hop)
 
     def _refuse(self, kind: tuple[int, int], view: memoryview, size: int) -> None:
         """Tell the sender why its packet goes no further.
@@ -338,25 +364,19 @@ class Tunnel:
         return whole.rows
 
     def _deliver(self, begin: int, size: int) -> None:
-        view = self._datagrams.view
-        version, total, ttl, protocol, check = INBOUND.unpack_from(view, begin)
-        if size < packet.MIN_HEADER or version >> 4 != 4:
+        """One packet of a datagram, whatever it is."""
+        view = self._datagrams.view[begin : begin + size]
+        if size < packet.MIN_HEADER or view[0] >> 4 != 4:
             self.counters["drop_malformed" if size < packet.MIN_HEADER else "drop_not_ipv4"] += 1
-            return
-        if version < 0x45 or not (version & 15) * 4 <= total <= size:
+        elif not packet.is_ipv4(view, size):
             self.counters["drop_malformed"] += 1
-            return
-        if ttl <= 1:
+        elif not packet.decrement_ttl(view):
             self.counters["drop_ttl_expired"] += 1
-            self._refuse(packet.TIME_EXCEEDED, view[begin : begin + total], total)
-            return
-        check += 0x100
-        TTL_TO_CHECK.pack_into(view, begin + 8, ttl - 1, protocol, check if check < 0xFFFF else check + 1 & 0xFFFF)
-        if begin:
-            self._single[VNET_SIZE : VNET_SIZE + total] = view[begin : begin + total]
-            self._write(self._single[: VNET_SIZE + total], 1)
+            self._refuse(packet.TIME_EXCEEDED, view, size)
         else:
-            self._write(self._arrived[: VNET_SIZE + total], 1)
+            total = view[2] << 8 | view[3]
+            self._single[VNET_SIZE : VNET_SIZE + total] = view[:total]
+            self._write(self._single[: VNET_SIZE + total], 1)
 
     def _write(self, frame: memoryview, packets: int) -> None:
         try:
