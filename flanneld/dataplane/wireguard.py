@@ -40,6 +40,9 @@ LOOK_SHARE: Final = 0.003
 """The part of one core that looking may take."""
 
 
+_GONE: Final = frozenset({errno.ENODEV, errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE})
+
+
 @dataclass(slots=True)
 class _Device:
     engine: Engine
@@ -130,7 +133,7 @@ class WireguardHandler:
             try:
                 state = engine.read(name)
             except OSError as error:
-                if error.errno in (errno.ENODEV, errno.ECONNREFUSED, errno.ECONNRESET):
+                if error.errno in _GONE:
                     continue  # it has just gone; rtnetlink will say so, too
                 raise
             devices[name] = _Device(engine, state, not link.up or listens(state.listen_port))

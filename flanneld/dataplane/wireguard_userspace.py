@@ -140,15 +140,12 @@ class Userspace:
         path = self._path(dev)
         if path is None:
             raise OSError(errno.ECONNREFUSED, f"wireguard-go does not answer for {dev}; was it killed?")
-        with _connect(path) as conn:
-            conn.sendall(("\n".join(lines) + "\n\n").encode())
-            received = bytearray()
-            while not received.endswith(b"\n\n"):
-                data = conn.recv(1 << 18)
-                if not data:
-                    raise OSError(errno.ECONNRESET, f"wireguard-go went away while it was asked about {dev}")
-                received += data
-        answer = [_pair(line) for line in received.decode().splitlines() if line]
+        try:
+            received = _converse(path, "\n".join(lines) + "\n\n")
+        except TimeoutError:
+            told = f"wireguard-go does not answer for {dev} within {ANSWER_SECONDS} s; is its process stopped?"
+            raise OSError(errno.ETIMEDOUT, told) from None
+        answer = [_pair(line) for line in received.splitlines() if line]
         code = next((int(value) for key, value in answer if key == "errno"), 0)
         if code:
             raise OSError(abs(code), f"wireguard-go refuses it for {dev}: {os.strerror(abs(code))}")
@@ -191,6 +188,19 @@ def _connect(path: Path) -> socket.socket:
         conn.close()
         raise
     return conn
+
+
+def _converse(path: Path, request: str) -> str:
+    """Send a request; the answer, up to its empty line."""
+    with _connect(path) as conn:
+        conn.sendall(request.encode())
+        received = bytearray()
+        while not received.endswith(b"\n\n"):
+            data = conn.recv(1 << 18)
+            if not data:
+                raise OSError(errno.ECONNRESET, f"wireguard-go went away while it was asked over {path}")
+            received += data
+    return received.decode()
 
 
 def _answers(path: Path) -> bool:
