@@ -82,10 +82,12 @@ def address_in_use(rival: Lease, request: LeaseRequest) -> AddressInUse:
     """The error for a node whose public IP a live node holds."""
     family: Family = 4 if rival.attrs.public_ip_of(4) == request.attrs.public_ip_of(4) else 6
     owner = rival.attrs.node.name if rival.attrs.node else "unknown"
+    likely_ghost = likeness(rival.attrs.node, request.identity) in ("same", "alike")
     return AddressInUse(
         f"public IP {rival.attrs.public_ip_of(family)} of node {request.identity.name!r} is in use by the live node "
         f"{owner!r}, which leases {rival.key}. Two nodes cannot share one: give each its own with --public-ip or "
         f"choose another interface with --iface; if both are one machine, give it one --node-name"
+        + ("; if that was this node before a crash, it has its lease back within 30 s" if likely_ghost else "")
     )
 
 
