@@ -81,10 +81,14 @@ def _has_mac(name: str) -> bool:
     if found is None:
         return False
     if found[18:24] == bytes(6):
-        drawn = os.urandom(6)
-        mac = bytes([drawn[0] & 0xFE | 0x02]) + drawn[1:]
-        _interface_ioctl(_SIOCSIFHWADDR, name, _ARPHRD_ETHER.to_bytes(2, sys.byteorder) + mac)
+        _interface_ioctl(_SIOCSIFHWADDR, name, _ARPHRD_ETHER.to_bytes(2, sys.byteorder) + random_mac())
     return True
+
+
+def random_mac() -> bytes:
+    """A locally administered unicast address."""
+    drawn = os.urandom(6)
+    return bytes([drawn[0] & 0xFE | 0x02]) + drawn[1:]
 
 
 def _looks_stale(name: str, env: SubnetEnv) -> bool:

@@ -168,7 +168,7 @@ def _needed_modules() -> list[Path]:
     names = sorted(name for name in plugin_sources() if name != "cni.__main__")
     script = (
         f"import sys; sys.path.insert(0, {str(HERE.parent)!r})\n"
-        f"import {', '.join(names)}, encodings.utf_8, encodings.ascii, encodings.latin_1, fcntl, zlib, time\n"
+        f"import {', '.join(names)}, ctypes, encodings.utf_8, encodings.ascii, encodings.latin_1, fcntl, zlib, time\n"
         "print('\\n'.join(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)))"
     )
     command = [sys.executable, "-I", "-S", "-c", script]

@@ -34,6 +34,24 @@ def find(plugin: str, search_path: str) -> str:
     )
 
 
+def locate(conf: dict[str, Any], search_path: str) -> str:
+    """The delegate's file; "" where it, or its host-local, is not installed and the built-in one can do its work.
+
+    CniError, naming what to install, where nothing can.
+    """
+    try:
+        path = find(str(conf.get("type", "")), search_path)
+        if (ipam := conf.get("ipam", {}).get("type")) == "host-local":
+            find(ipam, search_path)
+        return path
+    except CniError:
+        from cni import builtin
+
+        if not builtin.serves(conf):
+            raise
+        return ""
+
+
 def run(
     command: str,
     conf: dict[str, Any],
@@ -45,7 +63,13 @@ def run(
     DelegateError carries the delegate's own error object; CniError where it died without one.
     """
     plugin = str(conf.get("type", ""))
-    path = find(plugin, environment.get("CNI_PATH", ""))
+    path = locate(conf, environment.get("CNI_PATH", ""))
+    if not path:
+        from cni import builtin
+
+        if meanwhile is not None:
+            meanwhile()
+        return builtin.run(command, conf, environment)
     try:
         return _call(path, plugin, command, conf, environment, meanwhile)
     except DelegateError as error:

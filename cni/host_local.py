@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 
+from cni.cidr import Cidr, parse
+from cni.errors import INTERNAL, CniError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,16 +57,48 @@ class Store:
                 continue  # freed in this moment
         return found
 
+    def _lock(self) -> int:
+        """host-local's own lock; it ends when the returned descriptor is closed."""
+        import fcntl
+
+        descriptor = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+
+    def reserve(self, subnet: Cidr, index: int, container: str, ifname: str) -> Cidr:
+        """Take a free address of the subnet for the container; ``index`` is the range's place in the configuration.
+
+        As host-local does it: not the network's own, not the gateway's (the first), not the broadcast address; the
+        search starts after the address that was given out last. CniError in host-local's words when all are taken.
+        """
+        os.makedirs(self.directory, mode=0o755, exist_ok=True)
+        size = 1 << (len(subnet.packed) * 8 - subnet.prefix)
+        base = int.from_bytes(subnet.network.packed, "big")
+        first, last = base + 2, base + size - (2 if subnet.family == 4 else 1)
+        note = os.path.join(self.directory, f"last_reserved_ip.{index}")
+        lock = self._lock()
+        try:
+            start = _read_address(note, subnet)
+            start = start + 1 if first <= start < last else first
+            taken = {held.address for held in self.reservations()}
+            # No more than the taken ones can be in the way.
+            for step in range(min(last - first, len(taken)) + 1):
+                value = first + (start - first + step) % (last - first + 1)
+                found = Cidr(value.to_bytes(len(subnet.packed), "big"), subnet.prefix)
+                if found.address not in taken:
+                    _write(os.path.join(self.directory, found.address), f"{container}\r\n{ifname}")
+                    _write(note, found.address)
+                    return found
+        finally:
+            os.close(lock)
+        raise CniError(INTERNAL, f"failed to allocate for range {index}: no IP addresses available in range: {subnet}")
+
     def free(self, is_dead: Callable[[Reservation], bool]) -> int:
         """Remove the reservations that are dead, under host-local's own lock; how many."""
         if not os.path.isdir(self.directory):
             return 0
-        import fcntl
-
-        # The plugin locks a file of this name (older ones the directory itself); flock ends with the descriptor.
-        lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = self._lock()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             freed = 0
             for reservation in self.reservations():
                 if is_dead(reservation):
@@ -75,3 +110,18 @@ class Store:
             return freed
         finally:
             os.close(lock)
+
+
+def _read_address(path: str, subnet: Cidr) -> int:
+    """The address in the file as a number; 0 where there is none of this subnet."""
+    try:
+        with open(path, "rb") as file:
+            found = parse(f"{file.read(64).decode('ascii').strip()}/{subnet.prefix}")
+    except (OSError, ValueError):
+        return 0
+    return int.from_bytes(found.packed, "big") if subnet.holds(found) else 0
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "wb") as file:
+        file.write(text.encode())

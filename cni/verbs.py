@@ -51,12 +51,12 @@ def add(request: Request) -> bytes:
     check_delegate(conf)
     env = readiness.wait_for_subnet(conf.subnet_file, conf.wait_seconds)
     made = delegate_conf(conf, env)
-    delegate.find(made["type"], request.environment.get("CNI_PATH", ""))
+    delegate.locate(made, request.environment.get("CNI_PATH", ""))
     _prepare_bridge(made, env)
     stored = attachments.save(conf.data_dir, request.container, request.ifname, request.netns, made)
     try:
         return delegate.run("ADD", made, request.environment, meanwhile=lambda: os.fsync(stored))
-    except DelegateError as error:
+    except (CniError, DelegateError) as error:
         if not _is_range_full(error):
             raise
         from cni import dead
@@ -77,8 +77,9 @@ def _prepare_bridge(made: dict[str, Any], env: SubnetEnv) -> None:
         bridge.make_room(str(made.get("bridge") or bridge.DEFAULT_NAME), env, force=bool(made.get("forceAddress")))
 
 
-def _is_range_full(error: DelegateError) -> bool:
-    return "no IP addresses available in range" in f"{error.error.get('msg')} {error.error.get('details')}"
+def _is_range_full(error: CniError | DelegateError) -> bool:
+    details = error.details if isinstance(error, CniError) else error.error.get("details")
+    return "no IP addresses available in range" in f"{error} {details}"
 
 
 def _undo(request: Request, made: dict[str, Any]) -> None:
@@ -180,10 +181,9 @@ def status(request: Request) -> bytes:
     conf = request.conf
     check_delegate(conf)
     try:
-        readiness.current_subnet(conf.subnet_file)
+        env = readiness.current_subnet(conf.subnet_file)
         if search_path := request.environment.get("CNI_PATH", ""):
-            delegate.find(conf.delegate_type(), search_path)
-            delegate.find(conf.ipam_type(), search_path)
+            delegate.locate(delegate_conf(conf, env), search_path)
     except CniError as error:
         raise CniError(UNAVAILABLE, error.msg, error.details) from None
     found = daemon_status.read(conf.subnet_file)

@@ -97,6 +97,80 @@ def test_a_container_from_add_to_del(plugin: Plugin, make_box: Any, version: str
     assert list(plugin.data_dir.iterdir()) == []
 
 
+@pytest.mark.field_problem(31)
+class TestNothingElseInstalled:
+    """CNI_PATH holds no bridge and no host-local."""
+
+    @pytest.fixture(autouse=True)
+    def nothing(self, plugin: Plugin, tmp_path: Path) -> None:
+        plugin.path = str(tmp_path / "empty")
+
+    @pytest.mark.parametrize("version", ["0.2.0", "0.3.1", "1.0.0", "1.1.0"])
+    def test_a_container_from_add_to_del(self, host: Namespace, plugin: Plugin, make_box: Any, version: str) -> None:
+        plugin.subnet_file.write_text(DUAL)
+        plugin.conf["cniVersion"] = version
+        a, b = make_box("a"), make_box("b")
+        answers = [box("ADD") for box in (a, b)]
+        assert {answer.code for answer in answers} == {0}, answers
+        results = [answer.json for answer in answers]
+        if version == "0.2.0":
+            (a4, a6), (b4, _) = ([found[key]["ip"].split("/")[0] for key in ("ip4", "ip6")] for found in results)
+        else:
+            (a4, a6), (b4, _) = ([e["address"].split("/")[0] for e in found["ips"]] for found in results)
+        assert ping(a.ns, b4).ok
+        assert ping(b.ns, a6).ok
+        assert ping(a.ns, "10.5.52.1").ok
+        assert "default via 10.5.52.1" in a.ns.run("ip -4 route")
+        assert "10.5.0.0/16 via 10.5.52.1" in a.ns.run("ip -4 route")
+        assert "fc00::/48 via fc00:0:0:34::1" in a.ns.run("ip -6 route")
+        assert " mtu 1450 " in a.ns.run("ip link show dev eth0")
+        assert host.run("bridge -d link show").count("hairpin on") == 2
+        if version in ("1.0.0", "1.1.0"):
+            assert a("CHECK", prevResult=results[0]).code == 0
+            a.ns.run(f"ip addr del {a4}/24 dev eth0")
+            assert a("CHECK", prevResult=results[0]).code == 1
+        if version == "1.1.0":
+            assert plugin("STATUS").code == 0
+        for box in (a, b):
+            assert box("DEL").code == 0
+            assert box("DEL").code == 0
+        assert reserved(plugin) == set()
+        assert list(plugin.data_dir.iterdir()) == []
+        assert host.run("ip -o link show type veth") == ""
+
+    def test_the_real_ones_take_over(self, plugin: Plugin, make_box: Any) -> None:
+        a, b = make_box("a"), make_box("b")
+        a.add()
+        plugin.path = DEBIAN_PLUGINS
+        (address,) = b.add()
+        assert ping(a.ns, address).ok
+        assert a("CHECK", prevResult=a.result).code == 0
+        assert [box("DEL").code for box in (a, b)] == [0, 0]
+        assert reserved(plugin) == set()
+
+    def test_a_failed_add_leaves_nothing(self, host: Namespace, plugin: Plugin, make_box: Any) -> None:
+        box = make_box("a")
+        box.ns.run("ip link add eth0 type veth peer name other")
+        answer = box("ADD")
+        assert (answer.code, "File exists" in answer.json["msg"]) == (1, True)
+        assert reserved(plugin) == set()
+        assert host.run("ip -o link show type veth") == ""
+
+    def test_many_at_once(self, host: Namespace, plugin: Plugin, make_box: Any) -> None:
+        attach_many(host, plugin, [make_box(f"p{number}") for number in range(40)])
+
+    @pytest.mark.field_problem(30)
+    def test_a_full_range_of_the_dead_is_freed(self, plugin: Plugin, make_box: Any) -> None:
+        fill(plugin, age=365 * 86400.0)
+        (address,) = make_box("a").add()
+        assert reserved(plugin) == {address}
+
+    def test_what_it_cannot_do_is_refused(self, plugin: Plugin, make_box: Any) -> None:
+        answer = make_box("a")("ADD", delegate={"vlan": 5})
+        assert "failed to find plugin" in answer.json["msg"]
+        assert "containernetworking-plugins" in answer.json["details"]
+
+
 @pytest.mark.field_problem(29)
 def test_an_old_address_goes_from_an_empty_bridge(host: Namespace, plugin: Plugin, make_box: Any) -> None:
     plugin.subnet_file.write_text(DUAL)
@@ -184,12 +258,15 @@ class TestFullRange:
 @pytest.mark.field_problem(30)
 @pytest.mark.timeout(300)
 def test_200_parallel_adds_and_dels_leave_nothing(host: Namespace, plugin: Plugin, make_box: Any) -> None:
-    boxes = [make_box(f"p{number}") for number in range(200)]
+    attach_many(host, plugin, [make_box(f"p{number}") for number in range(200)])
+
+
+def attach_many(host: Namespace, plugin: Plugin, boxes: list[Box]) -> None:
     # As many at once as a busy kubelet starts; a process each, the machine has two cores.
     with ThreadPoolExecutor(16) as pool:
         addresses = [address for (address,) in pool.map(Box.add, boxes)]
-        assert len(set(addresses)) == 200
-        assert len(host.run("ip -o link show type veth").splitlines()) == 200
+        assert len(set(addresses)) == len(boxes)
+        assert len(host.run("ip -o link show type veth").splitlines()) == len(boxes)
         answers = list(pool.map(lambda box: box("DEL"), boxes))
     assert {answer.code for answer in answers} == {0}, answers
     assert reserved(plugin) == set()
@@ -255,10 +332,12 @@ def test_the_self_contained_build_attaches_containers(
     host: Namespace, plugin: Plugin, standalone: Path, make_box: Any
 ) -> None:
     plugin.command = host.argv([str(standalone)])
-    box = make_box("a")
-    box.add()
-    assert box("DEL").code == 0
-    assert reserved(plugin) == set()
+    for plugin.path in (DEBIAN_PLUGINS, "/nowhere"):
+        box = make_box("a")
+        box.add()
+        assert box("DEL").code == 0
+        assert reserved(plugin) == set()
+        box.ns.close()
 
 
 def test_another_python_runs_the_source_that_comes_along(tmp_path: Path, program: Path) -> None:

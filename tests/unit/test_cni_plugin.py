@@ -140,8 +140,9 @@ case $input in
   *'"cniVersion":"1.0.0"'*) echo '{"cniVersion": "1.0.0", "ips": []}' ;;
 esac
 """
-    (programs / "bridge").write_text(script)
-    (programs / "bridge").chmod(0o755)
+    for name in ("bridge", "host-local"):
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
     answer = plugin("ADD", cniVersion="1.1.0")
     assert (answer.code, answer.json) == (0, {"cniVersion": "1.1.0", "ips": []})
 
@@ -228,7 +229,9 @@ class TestStatus:
         assert self.status(plugin) == (0, "")
 
     def test_unavailable(self, plugin: Plugin, daemon: Any) -> None:
+        plugin.conf["delegate"]["type"] = "macvlan"
         assert self.status(plugin)[0] == 50  # no delegate
+        plugin.conf["delegate"]["type"] = "bridge"
         plugin.fake_delegate()
         daemon(subnet="10.5.99.0/24")
         assert self.status(plugin)[0] == 50  # another subnet
