@@ -52,11 +52,11 @@ class Host:
     config: NetworkConfig
     subnets: Mapping[Family, IPNetwork] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    families: tuple[Family, ...] = field(init=False)
+    """The families for which we hold a subnet; asked once for each peer, so it is not found anew each time."""
 
-    @property
-    def families(self) -> tuple[Family, ...]:
-        """The families that this network runs and for which we hold a subnet."""
-        return tuple(f for f in FAMILIES if f in self.subnets)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "families", tuple(f for f in FAMILIES if f in self.subnets))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -186,8 +187,9 @@ class WantedState:
         others = len(result.changes) - len(repairs)
         if others > FEW:
             log.info("kernel programmed", seconds=round(result.seconds, 3), **_counts(result.changes))
-        for change in result.changes:
-            log.debug("kernel change", **_describe(change))
+        if log.is_enabled_for(logging.DEBUG):
+            for change in result.changes:
+                log.debug("kernel change", **_describe(change))
 
 
 def _kind(key: Key) -> str:
