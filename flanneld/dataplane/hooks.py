@@ -90,7 +90,8 @@ def startup_output(
     """The output of PreStartupCommand, which runs once between two reboots, like the other commands.
 
     It usually makes the device on which the others put their routes. So when it does run, all others must run again:
-    they are forgotten first. Raises CommandFailed, OSError.
+    they are forgotten first. When the last of them is removed (a cleanup, a switch to another backend), it is forgotten
+    in turn. Raises CommandFailed, OSError.
     """
     memory = Memory(state_file)
     if not command:
@@ -126,6 +127,10 @@ class Memory:
 
     def save(self, hooks: Mapping[Key, Hook], startup: dict[str, Any] | None) -> None:
         """Write all of it, whole or not at all; only root may read it, since peers' data is in it. Raises OSError."""
+        if not hooks and startup is None:
+            self._path.unlink(missing_ok=True)
+            self._hooks, self._startup, self._seen = {}, None, None
+            return
         text = json.dumps({"startup": startup, "hooks": [asdict(hook) for hook in hooks.values()]}, indent=1)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{self._path.name}.", dir=self._path.parent)
@@ -242,7 +247,8 @@ class HookHandler:
         if hooks == self._memory.hooks:
             return []
         try:
-            self._memory.save(hooks, self._memory.startup)
+            # With the last of them goes what PreStartupCommand made: it was theirs.
+            self._memory.save(hooks, self._memory.startup if hooks else None)
         except OSError as error:
             told = f"what the commands have done cannot be remembered: {error.strerror}: {error.filename}"
             return [Failure(change, "state_file", told)]

@@ -212,6 +212,19 @@ def test_the_startup_command_runs_once_a_boot_and_makes_the_others_run_again(ben
     assert startup_output(bench.state_file, "") == ""
 
 
+def test_the_startup_command_is_forgotten_with_the_last_hook_and_the_file_goes(bench: Bench) -> None:
+    command = f"echo pre >> {bench.log}"
+    startup_output(bench.state_file, command)
+    bench.one_pass(bench.hook("host"), bench.hook("peer a"))
+    bench.one_pass(bench.hook("host"))
+    startup_output(bench.state_file, command)
+    assert bench.said() == ["pre", "add host", "add peer a", "remove peer a"]
+    bench.one_pass()
+    assert not bench.state_file.exists()
+    startup_output(bench.state_file, command)
+    assert bench.said() == ["remove host", "pre"]
+
+
 def test_a_startup_command_that_fails_is_not_remembered(bench: Bench) -> None:
     with pytest.raises(CommandFailed):
         startup_output(bench.state_file, "exit 1")

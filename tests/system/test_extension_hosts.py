@@ -107,3 +107,7 @@ def test_a_switch_runs_the_removals_and_the_shutdown_command(running: Lab) -> No
     for host in running.hosts:
         wait_until(lambda h=host: DEVICE not in h.run("ip link"), 20, "the device gone")
     reach(running)
+    running.set_config(config())
+    for host in running.hosts:
+        wait_until(lambda h=host: DEVICE in h.run("ip link"), 20, "made again")
+    reach(running)
