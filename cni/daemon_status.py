@@ -3,11 +3,12 @@
 The daemon replaces the file atomically whenever a value changes (all keys: docs/cni.md). The plugin reads::
 
     {"pid": 4711, "ready": false, "reasons": ["store: etcd: connection refused (http://10.0.0.1:2379)"],
-     "subnet": "10.5.52.0/24", "ipv6_subnet": null, "refuse": ""}
+     "subnet": "10.5.52.0/24", "ipv6_subnet": null, "refuse": "", "subnet_file": "/run/flannel/subnet.env"}
 
 ``pid`` is null once the daemon has stopped. ``reasons`` say why it is not ready, each as "condition: sentence".
 ``subnet`` and ``ipv6_subnet`` are what the node leases, null while that is not known. ``refuse`` (may be left out)
-says why no container may get an address from this subnet: it belongs to another node.
+says why no container may get an address from this subnet: it belongs to another node. ``subnet_file`` (may be left out)
+keeps two daemons apart that share the directory: a status that speaks of another subnet file is not for us.
 
 A daemon that crashed leaves its file. Beside it ``<subnet file>.lock`` carries an flock(2) as long as the daemon
 lives, which holds across PID namespaces; without the lock file, a subnet.env that is newer than the status means that
@@ -69,6 +70,8 @@ def read(subnet_file: str) -> DaemonStatus | None:
     except (OSError, ValueError):
         return None
     if not isinstance(found, dict) or not isinstance(found.get("pid"), int):
+        return None
+    if found.get("subnet_file", subnet_file) != subnet_file:
         return None
     alive = is_alive(subnet_file)
     if alive is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from flanneld.lab.hosts import Host, Lab, eventually
+from flanneld.lab.netns import Namespace
 from tests.testbed import busybox
-from tests.testbed.cni import build
+from tests.testbed.cni import DEBIAN_PLUGINS, Plugin, build
 from tests.testbed.runtimes import Containerd, Podman, Runtime, closing_all, missing
 
 LACKING = missing("containerd", "ctr", "podman", "runc", "busybox")
@@ -155,3 +157,22 @@ def test_without_the_plugin(make_lab: Callable[..., Lab], make_runtime: Callable
     one, two = first.address("one"), second.address("two")
     assert "0% packet loss" in first.exec("one", "ping", "-c", "1", "-W", "5", two)
     assert "0% packet loss" in second.exec("two", "ping", "-c", "1", "-W", "5", one)
+
+
+@pytest.mark.field_problem(29)
+def test_the_plugin_knows_what_the_daemon_leases(lab: Lab, plugin: Path, tmp_path: Path) -> None:
+    """The daemon's own status file: a subnet.env from another subnet is refused while it runs."""
+    host = lab.hosts[0]
+    daemon = host.start_daemon(wait=True)
+    caller = Plugin(tmp_path / "cni", command=host.ns.argv([str(plugin)]), path=DEBIAN_PLUGINS)
+    caller.conf["subnetFile"] = str(daemon.subnet_file)
+    text = daemon.subnet_file.read_text()
+    with Namespace("caller") as box:
+        assert caller("ADD", netns=str(box.path)).code == 0
+        assert caller("STATUS", cniVersion="1.1.0").code == 0
+        assert caller("DEL", netns=str(box.path)).code == 0
+        daemon.subnet_file.write_text(text.replace(daemon.subnet_env()["FLANNEL_SUBNET"], "10.5.251.1/24"))
+        os.utime(daemon.subnet_file, (0, 0))
+        answer = caller("ADD", netns=str(box.path))
+        assert "it holds 10.5.251.0/24, but the node now leases 10.5." in answer.json["msg"], answer
+        assert caller("STATUS", cniVersion="1.1.0").json["code"] == 50

@@ -212,6 +212,8 @@ def test_add_refuses_a_subnet_that_the_node_no_longer_leases(plugin: Plugin, dae
     assert plugin("ADD").code == 0  # cut off from the store, yet the lease stands
     daemon()  # nothing is known yet
     assert plugin("ADD").code == 0
+    daemon(subnet="10.6.1.0/24", subnet_file="/run/flannel/blue.env")  # another network's daemon in the same directory
+    assert plugin("ADD").code == 0
 
 
 class TestStatus:
