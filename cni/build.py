@@ -29,9 +29,13 @@ NOT_IN_THE_PLUGIN = {"build", "conflist"}
 
 STUB = """\
 {shebang}
-# The CNI plugin flannel. Made by script/cni for Python {version}; runs on 3.11 and newer, fastest on the one it was
+# The CNI plugin flannel. Made by script/cni for Python {version}; runs on 3.10 and newer, fastest on the one it was
 # made for. The lines at the end hold its modules: "#:" compiled, "#=" as source.
 import sys
+if sys.version_info < (3, 10):
+    print('{{"cniVersion": "0.3.1", "code": 999, "msg": "the CNI plugin flannel needs Python 3.10 or newer, this is %d.%d",'
+          ' "details": "build it with script/cni --standalone, or with --python for a newer one"}}' % sys.version_info[:2])
+    sys.exit(1)
 from binascii import a2b_base64
 from marshal import loads
 from _frozen_importlib import spec_from_loader

@@ -9,10 +9,24 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+
+class _Strict:
+    """What the scanner asks of its context (json.JSONDecoder has the same attributes)."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = None
+    parse_float = float
+    parse_int = int
+    parse_constant = float
+
+
 try:
     from _json import encode_basestring_ascii as _quote
-    from _json import make_scanner as _make_scanner
-except ImportError:  # not CPython
+    from _json import make_scanner
+
+    _scan = make_scanner(_Strict)  # type: ignore[arg-type]
+except (ImportError, AttributeError):  # not CPython, or one whose scanner asks for more
     import json
 
     def loads(data: bytes) -> Any:
@@ -24,18 +38,6 @@ except ImportError:  # not CPython
         return json.dumps(value, separators=(",", ":"))
 
 else:
-
-    class _Strict:
-        """What the scanner asks of its context (json.JSONDecoder has the same attributes)."""
-
-        strict = True
-        object_hook = None
-        object_pairs_hook = None
-        parse_float = float
-        parse_int = int
-        parse_constant = float
-
-    _scan = _make_scanner(_Strict)  # type: ignore[arg-type]
 
     def loads(data: bytes) -> Any:
         """The value that ``data`` spells; ValueError where it spells none."""
