@@ -13,6 +13,7 @@ taken by another namespace, wireguard-go is started with a folder of this namesp
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -31,6 +32,8 @@ SOCKETS: Final = Path("/var/run/wireguard")
 
 PRIVATE_SOCKETS: Final = Path("/run/flannel/wireguard")
 """Below it, one folder for each network namespace that cannot have SOCKETS."""
+
+ABANDONED_SECONDS: Final = 3600
 
 START_SECONDS: Final = 15
 ANSWER_SECONDS: Final = 10
@@ -130,10 +133,21 @@ class Userspace:
                 f"{self._sockets}/{argv[-1]}.sock belongs to another network namespace, and a folder of our own needs "
                 "the program unshare (Debian: apt-get install util-linux)",
             )
+        self._sweep()
         folder = self._namespace_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
         return [unshare, "--mount", "--", "sh", "-c", script, "sh", str(folder), str(self._sockets), *argv]
+
+    def _sweep(self) -> None:
+        """Remove the folders of network namespaces that are gone: old, and nobody answers in them."""
+        for folder in self._private.glob("*"):
+            with contextlib.suppress(OSError):
+                sockets = list(folder.iterdir())
+                if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS and not any(map(_answers, sockets)):
+                    for path in sockets:
+                        path.unlink()
+                    folder.rmdir()
 
     def _ask(self, dev: str, lines: Iterable[str]) -> list[tuple[str, str]]:
         """One request and its answer; OSError with the program's errno if it refuses."""

@@ -235,6 +235,20 @@ def test_nobody_listening_is_said_and_not_held(tmp_path: Path) -> None:
         engine.read(DEV)
 
 
+def test_folders_of_namespaces_that_are_gone_are_removed(tmp_path: Path) -> None:
+    alive, dead, new = (tmp_path / name for name in ("1", "2", "3"))
+    for folder in (alive, dead, new):
+        folder.mkdir()
+    for folder in (dead, new):
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.bind(str(folder / "flannel-wg.sock"))
+    with program(alive, "errno=0\n\n"):
+        for folder in (alive, dead):
+            os.utime(folder, (0, 0))
+        Userspace(tmp_path / "usual", tmp_path)._sweep()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+
+
 def test_a_missing_program_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wireguard_userspace, "_SEARCH_PATH", str(tmp_path))
     with pytest.raises(NotHere, match="apt-get install wireguard-go"):
