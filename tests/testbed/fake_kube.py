@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -332,6 +333,11 @@ class _Server(ThreadingHTTPServer):
         self.fake = fake
         self.open_connections.setdefault(id(fake), set())
         super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's look-up of our own name, which waits for a DNS that a test host does not have."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "fake-kube", self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up is no news."""
