@@ -14,12 +14,14 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from socket import AF_INET, AF_INET6, inet_ntop
 from struct import Struct
-from typing import Final
+from typing import Any, Final
 
 from backends.kernel_state import Foreign, Ipip, Link, LinkSettings, Vxlan
-from flanneld.dataplane.wire import U32, attribute, attributes, mac_text, pack_mac
+from flanneld.dataplane import rare
+from flanneld.dataplane.rare import Attrs
+from flanneld.dataplane.wire import U32, attribute, attributes, mac_text
 
 IFINFOMSG: Final = Struct("=BBHiII")  # family, pad, hardware type, index, flags, change mask
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_TXQLEN, IFLA_LINKINFO, IFLA_EXT_MASK = 1, 3, 4, 13, 18, 29
@@ -128,51 +130,39 @@ def index_body(index: int) -> bytes:
 def create_body(link: Link, underlay: int) -> bytes:
     """A device with all its attributes, up at once."""
     settings = link.settings
-    flags = IFF_UP if link.up else 0
-    body = IFINFOMSG.pack(0, 0, 0, 0, flags, flags) + attribute(IFLA_IFNAME, link.name.encode() + b"\0")
-    body += attribute(IFLA_MTU, U32.pack(link.mtu)) + attribute(IFLA_TXQLEN, U32.pack(0))
+    attrs: Attrs = [("IFLA_IFNAME", link.name), ("IFLA_MTU", link.mtu), ("IFLA_TXQLEN", 0)]
     if link.mac is not None:
-        body += attribute(IFLA_ADDRESS, pack_mac(link.mac))
+        attrs.append(("IFLA_ADDRESS", link.mac))
     if isinstance(settings, Vxlan):
-        return body + _info("vxlan", _vxlan_data(settings, underlay))
-    if isinstance(settings, Ipip):
-        local = attribute(IPTUN_LINK, U32.pack(underlay)) + attribute(IPTUN_LOCAL, inet_pton(AF_INET, settings.local))
-        return body + _info("ipip", local)
-    raise TypeError(f"no netlink message makes {settings!r}")
+        attrs.append(_info("vxlan", _vxlan_attrs(settings, underlay)))
+    elif isinstance(settings, Ipip):
+        attrs.append(_info("ipip", [("IFLA_IPIP_LINK", underlay), ("IFLA_IPIP_LOCAL", settings.local)]))
+    else:
+        raise TypeError(f"no netlink message makes {settings!r}")
+    return rare.link_body(attrs, up=link.up)
 
 
-def _info(kind: str, data: bytes) -> bytes:
-    nested = attribute(IFLA_INFO_KIND, kind.encode() + b"\0") + attribute(IFLA_INFO_DATA | NESTED, data)
-    return attribute(IFLA_LINKINFO | NESTED, nested)
+def _info(kind: str, data: Attrs) -> tuple[str, Any]:
+    nested = {"attrs": [("IFLA_INFO_KIND", kind), ("IFLA_INFO_DATA", {"attrs": data})]}
+    return ("IFLA_LINKINFO", nested)
 
 
-def _vxlan_data(settings: Vxlan, underlay: int) -> bytes:
+def _vxlan_attrs(settings: Vxlan, underlay: int) -> Attrs:
     """What flannel sends: everything off but what is asked for, the checksum left to the kernel."""
-    data = attribute(VXLAN_ID, U32.pack(settings.vni)) + _vxlan_changeable(settings, underlay)
-    for kind in (
-        VXLAN_TTL,
-        VXLAN_TOS,
-        VXLAN_PROXY,
-        VXLAN_RSC,
-        VXLAN_L2MISS,
-        VXLAN_L3MISS,
-        VXLAN_CSUM6_TX,
-        VXLAN_CSUM6_RX,
-    ):
-        data += attribute(kind, b"\0")
-    data += attribute(VXLAN_PORT, settings.port.to_bytes(2, "big"))
+    attrs: Attrs = [("IFLA_VXLAN_ID", settings.vni), *_vxlan_changeable(settings, underlay)]
+    off = ("TTL", "TOS", "PROXY", "RSC", "L2MISS", "L3MISS", "UDP_ZERO_CSUM6_TX", "UDP_ZERO_CSUM6_RX")
+    attrs += [(f"IFLA_VXLAN_{name}", 0) for name in off]
+    attrs.append(("IFLA_VXLAN_PORT", settings.port))
     if settings.gbp:
-        data += attribute(VXLAN_GBP, b"")
-    return data
+        attrs.append(("IFLA_VXLAN_GBP", True))
+    return attrs
 
 
-def _vxlan_changeable(settings: Vxlan, underlay: int) -> bytes:
-    family = AF_INET6 if ":" in settings.local else AF_INET
-    data = attribute(VXLAN_LINK, U32.pack(underlay))
+def _vxlan_changeable(settings: Vxlan, underlay: int) -> Attrs:
+    attrs: Attrs = [("IFLA_VXLAN_LINK", underlay)]
     if settings.local:
-        kind = VXLAN_LOCAL6 if family == AF_INET6 else VXLAN_LOCAL
-        data += attribute(kind, inet_pton(family, settings.local))
-    return data + attribute(VXLAN_LEARNING, b"\1" if settings.learning else b"\0")
+        attrs.append(("IFLA_VXLAN_LOCAL6" if ":" in settings.local else "IFLA_VXLAN_LOCAL", settings.local))
+    return [*attrs, ("IFLA_VXLAN_LEARNING", int(settings.learning))]
 
 
 def alterable(wanted: Link, standing: LinkSettings) -> bool:
@@ -188,19 +178,18 @@ def alterable(wanted: Link, standing: LinkSettings) -> bool:
 
 def settings_body(settings: Vxlan, index: int, underlay: int) -> bytes:
     """What can be changed of a standing vxlan device: local address, underlay, learning."""
-    return index_body(index) + _info("vxlan", _vxlan_changeable(settings, underlay))
+    return rare.link_body([_info("vxlan", _vxlan_changeable(settings, underlay))], index)
 
 
 def alter_bodies(wanted: Link, standing: Link, index: int) -> list[bytes]:
     """The RTM_NEWLINK bodies for MAC, MTU and up, as far as they differ; apart, so that a refusal says which."""
-    head = index_body(index)
     bodies: list[bytes] = []
     if wanted.mac is not None and wanted.mac != standing.mac:
-        bodies.append(head + attribute(IFLA_ADDRESS, pack_mac(wanted.mac)))
+        bodies.append(rare.link_body([("IFLA_ADDRESS", wanted.mac)], index))
     if wanted.mtu != standing.mtu:
-        bodies.append(head + attribute(IFLA_MTU, U32.pack(wanted.mtu)))
+        bodies.append(rare.link_body([("IFLA_MTU", wanted.mtu)], index))
     if wanted.up != standing.up:
-        bodies.append(IFINFOMSG.pack(0, 0, 0, index, IFF_UP if wanted.up else 0, IFF_UP))
+        bodies.append(rare.link_body([], index, up=wanted.up))
     return bodies
 
 

@@ -14,7 +14,7 @@ from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from struct import Struct
 from typing import Final, Literal
 
-from backends.kernel_state import Address, FdbEntry, InterfaceAddress, Key, Kind, Neighbour, Route, RouteLookup
+from backends.kernel_state import FdbEntry, InterfaceAddress, Key, Kind, Neighbour, Route, RouteLookup
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
@@ -157,17 +157,6 @@ def fdb_body(entry: FdbEntry, index: int, *, remove: bool = False) -> bytes:
         family = family_of(entry.dst)
         body += (_V6_DST_HEADER if family == AF_INET6 else _V4_DST_HEADER) + inet_pton(family, entry.dst)
     return body + _LLADDR_HEADER + pack_mac(entry.mac) + b"\0\0"
-
-
-def address_body(address: Address, index: int) -> bytes:
-    """An address, for adding or removing; IPv6 without duplicate detection, since it must serve at once."""
-    text, _, length = address.address.partition("/")
-    family = family_of(text)
-    raw = inet_pton(family, text)
-    flags = IFA_F_NODAD if family == AF_INET6 else 0
-    return (
-        IFADDRMSG.pack(family, int(length), flags, 0, index) + attribute(IFA_LOCAL, raw) + attribute(IFA_ADDRESS, raw)
-    )
 
 
 Found = tuple[Key, Neighbour | FdbEntry | None] | None

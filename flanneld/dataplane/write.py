@@ -9,7 +9,7 @@ from typing import Final
 
 from backends.kernel_state import Address, Change, Failure, FdbEntry, Ipip, Link, Neighbour, Route, Vxlan
 from flanneld.dataplane import links as link_wire
-from flanneld.dataplane import modules
+from flanneld.dataplane import modules, rare
 from flanneld.dataplane.follow import Follower
 from flanneld.dataplane.links import RawLink
 from flanneld.dataplane.look import Look
@@ -27,7 +27,6 @@ from flanneld.dataplane.wire import (
     RTM_NEWLINK,
     RTM_NEWNEIGH,
     RTM_NEWROUTE,
-    address_body,
     family_of,
     fdb_body,
     neighbour_body,
@@ -138,7 +137,7 @@ class Writer:
         if index is None:
             return None
         if isinstance(record, Address):
-            return (RTM_NEWADDR if put else RTM_DELADDR), (_PUT if put else 0), address_body(record, index)
+            return (RTM_NEWADDR if put else RTM_DELADDR), (_PUT if put else 0), rare.address_body(record.address, index)
         body = (
             neighbour_body(record, index) if isinstance(record, Neighbour) else fdb_body(record, index, remove=not put)
         )

@@ -14,8 +14,8 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from backends.kernel_state import Address, FdbEntry, Foreign, Ipip, Link, Neighbour, Route, Vxlan
-from flanneld.dataplane import links, wire
+from backends.kernel_state import FdbEntry, Foreign, Ipip, Link, Neighbour, Route, Vxlan
+from flanneld.dataplane import links, rare, wire
 from flanneld.dataplane.netlink import NetlinkError, _error, messages
 
 INDEX = 7
@@ -162,7 +162,7 @@ def test_which_forwarding_entries_count(state: int, flags: int, mac: str, expect
 @given(st.sampled_from([(v4, 32), (v6, 128)]).flatmap(lambda f: st.tuples(f[0], st.integers(0, f[1]))))
 def test_addresses(address: tuple[str, int]) -> None:
     text, length = address
-    body = wire.address_body(Address("flannel.1", f"{text}/{length}"), INDEX)
+    body = rare.address_body(f"{text}/{length}", INDEX)
     message = parsed(ifaddrmsg, body)
     assert (message["family"], message["prefixlen"], message["index"]) == (10 if ":" in text else 2, length, INDEX)
     assert attributes(message)["IFA_LOCAL"] == text == attributes(message)["IFA_ADDRESS"]
