@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -130,3 +131,33 @@ def test_a_node_that_is_deleted_leaves_no_route_behind_and_a_new_one_is_reached(
     wait_until(lambda: "10.244.2.0/24" not in first.run("ip route"), 10, lambda: first.run("ip route"))
     cluster.kube.add_peer("h9", "10.244.9.0/24", "172.30.0.99", "02:00:00:00:00:09")
     wait_until(lambda: "10.244.9.0/24" in first.run("ip route"), 5, lambda: first.run("ip route"))
+
+
+@pytest.mark.field_problem(18)
+def test_five_thousand_nodes_are_reached_within_a_minute_and_fit_into_110_megabytes(make_lab):
+    """Nodes of 15 KB each, as kubelet writes them with their images."""
+    lab = make_lab(1, etcd=False)
+    cluster = Cluster(lab)
+    cluster.configure({"Network": "10.0.0.0/8", "Backend": {"Type": "vxlan"}})
+    try:
+        for number in range(5000):
+            high, low = divmod(number, 250)
+            mac = f"02:00:00:00:{high:02x}:{low:02x}"
+            cluster.kube.add_peer(
+                f"n{number}", f"10.{high + 1}.{low}.0/24", f"172.31.{high}.{low + 1}", mac, weight=15_000
+            )
+        (host,) = lab.hosts
+        cluster.kube.add_node(host.name, "10.244.1.0/24")
+        daemon = host.start_daemon(*cluster.flags)
+
+        def peers() -> int:
+            return host.run("ip route show dev flannel.1", check=False).count(" via ")
+
+        wait_until(lambda: daemon.ready and peers() == 5000, 60, daemon.why_not, interval=0.5)
+        status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+        memory = {
+            line.split(":")[0]: int(line.split()[1]) // 1024 for line in status.splitlines() if line.startswith("Vm")
+        }
+        assert memory["VmRSS"] <= 110, memory
+    finally:
+        cluster.kube.stop()
