@@ -213,6 +213,23 @@ def fill(plugin: Plugin, age: float = 0) -> None:
 
 
 @pytest.mark.field_problem(30)
+@pytest.mark.parametrize("path", [DEBIAN_PLUGINS, "/nowhere"])
+def test_gc_frees_what_the_runtime_no_longer_has(plugin: Plugin, make_box: Any, path: str) -> None:
+    plugin.path = path
+    plugin.conf["cniVersion"] = "1.1.0"
+    live, dead = make_box("live"), make_box("dead")
+    (kept,), _ = live.add(), dead.add()
+    dead.ns.close()  # without DEL, as when a node crashes
+    valid = [{"containerID": live.id, "ifname": "eth0"}]
+    answer = plugin("GC", **{"cni.dev/valid-attachments": valid})
+    assert answer.code == 0, answer
+    assert reserved(plugin) == {kept}
+    assert {name.name.partition(":")[0] for name in plugin.data_dir.iterdir()} == {live.id}
+    assert live("CHECK", prevResult=live.result).code == 0
+    assert live("DEL").code == 0
+
+
+@pytest.mark.field_problem(30)
 class TestFullRange:
     YEAR = 365 * 86400.0
 
