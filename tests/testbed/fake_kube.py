@@ -15,6 +15,7 @@ import contextlib
 import copy
 import json
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -189,10 +191,21 @@ class FakeKube:
     """The server. ``token`` is the only bearer token it takes; "" takes everybody."""
 
     def __init__(
-        self, *, address: str = "127.0.0.1", port: int = 0, token: str = "", bookmark_every: float = 1.0
+        self,
+        *,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        token: str = "",
+        bookmark_every: float = 1.0,
+        certificate: Path | None = None,
     ) -> None:
+        """``certificate`` is a PEM file with certificate and key; with it the server speaks TLS."""
         self.store = Store()
         self.token = token
+        self._tls: ssl.SSLContext | None = None
+        if certificate is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.load_cert_chain(certificate)
         self.bookmark_every = bookmark_every
         self.forbidden: set[tuple[str, str]] = set()
         self.failing = 0
@@ -207,7 +220,7 @@ class FakeKube:
 
     @property
     def url(self) -> str:
-        return f"http://{self._address[0]}:{self._address[1]}"
+        return f"{'https' if self._tls else 'http'}://{self._address[0]}:{self._address[1]}"
 
     @property
     def access(self) -> dict[str, str]:
@@ -217,6 +230,8 @@ class FakeKube:
     def start(self) -> None:
         """Listen, on the same port as before."""
         self._server = _Server(self._address, self)
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._address = (self._address[0], self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
