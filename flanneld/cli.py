@@ -7,10 +7,17 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-import structlog
+# structlog imports rich where it is installed, for its tracebacks: 5 MB and 0.2 s that the daemon has no use for.
+_hide_rich = "rich" not in sys.modules
+if _hide_rich:
+    sys.modules["rich"] = None  # type: ignore[assignment]
+import structlog  # noqa: E402
 
-from flanneld.options import parse
-from flanneld.telemetry import set_up_logging
+if _hide_rich:
+    del sys.modules["rich"]
+
+from flanneld.options import parse  # noqa: E402
+from flanneld.telemetry import set_up_logging  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

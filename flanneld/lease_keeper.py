@@ -28,7 +28,7 @@ from flanneld.status import Health
 from flanneld.traffic_rules import firewalls
 from flanneld.underlay import Choice, UnderlayError, View, choose_underlay
 from subnet_lease import subnet_file
-from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease, LeaseAttrs, NodeIdentity
+from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
 from subnet_lease.store import (
     ConfigInvalid,
@@ -71,6 +71,8 @@ class LeaseKeeper:
         self._renew_at = 0.0
         self._renewed_at: float | None = None
         self._lost = False
+        self._base: LeaseSnapshot | None = None
+        """The newest snapshot when we last began to write: what it says of our lease is older than what we know."""
         self._previous = read_previous(Path(options.subnet_file))
         board.wake_keeper = self.wake
 
@@ -184,6 +186,7 @@ class LeaseKeeper:
         own = self._store.find_own(request)
         self._learn_facts(config, backend, underlay, identity, view, own)
         attrs = self._attrs(config, backend, underlay, identity)
+        self._base = self._board.snapshot
         lease = self._store.acquire(config, replace(request, attrs=attrs))
         log.info(
             "lease acquired",
@@ -216,6 +219,7 @@ class LeaseKeeper:
         self._stand(config, backend, underlay, lease)
         seen = self._seen(lease)
         if self._lost or seen is None:
+            self._base = self._board.snapshot
             lease = self._store.acquire(
                 config, LeaseRequest(identity, attrs, (lease.subnet, lease.ipv6_subnet), keep=True)
             )
@@ -223,6 +227,7 @@ class LeaseKeeper:
             self._lost = False
             self._renew_at = 0.0
         elif attrs != seen.attrs:
+            self._base = self._board.snapshot
             lease = self._store.publish(seen, attrs)
             log.info("published", public_ip=str(attrs.public_ip or attrs.public_ipv6), backend=backend.name)
         self._board.lease = lease
@@ -230,13 +235,15 @@ class LeaseKeeper:
 
     def _seen(self, lease: Lease) -> Lease | None:
         """Our lease as the newest snapshot has it; None if it is gone or another node's."""
-        snapshot = self._board.snapshot
-        if snapshot is None or snapshot.revision < lease.revision:
-            # Older than what we wrote ourselves.
+        snapshot, base = self._board.snapshot, self._base
+        if snapshot is None or snapshot is base:
+            return lease
+        if snapshot.revision < lease.revision and (base is None or snapshot.revision >= base.revision):
+            # Under way while we wrote. A revision that goes backwards, though, is another store: wiped, or restored.
             return lease
         seen = snapshot.leases.get(lease.key)
-        if seen is None or seen.revision < lease.revision:
-            return None if seen is None else lease
+        if seen is None:
+            return None
         mine, theirs = lease.attrs.node, seen.attrs.node
         if theirs is None:
             # Rewritten by a flanneld, or by hand: ours while it names our address.

@@ -94,9 +94,9 @@ def test_started_without_its_store_it_touches_nothing_and_heals(running: Lab) ->
     before = kernel_text(host)
     running.etcd.stop()
     host.daemon.restart()
-    wait_until(lambda: reason(host.daemon, "lease"), 15, "a reason why it is not ready")
+    where = running.etcd.endpoint.removeprefix("http://")
+    wait_until(lambda: where in reason(host.daemon, "lease"), 20, "a reason that names the store")
     assert host.daemon.running
-    assert running.etcd.endpoint.removeprefix("http://") in reason(host.daemon, "lease")
     assert kernel_text(host) == before
     assert containers(running)[0].ping(containers(running)[1]).ok
     assert host.daemon.get("/healthz").status == 200
