@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
@@ -30,6 +32,16 @@ KEPT_KEY: Final = Path("/var/lib/flannel/wgkey")
 """Our copy, which survives a reboot."""
 
 KEY_BYTES: Final = 32
+
+DERIVE_SECONDS: Final = 60
+
+DERIVE: Final = """
+import sys
+from base64 import b64decode, b64encode
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+private = X25519PrivateKey.from_private_bytes(b64decode(sys.stdin.read()))
+print(b64encode(private.public_key().public_bytes_raw()).decode())
+"""
 
 
 class KeyUnusable(BackendError):
@@ -91,15 +103,29 @@ def clamped(raw: bytes) -> str:
 
 
 def public_key(private: str) -> str:
-    """The public key that belongs to a private one (Curve25519), both in base64."""
+    """The public key that belongs to a private one (Curve25519), both in base64. Raises KeyUnusable.
+
+    Another process computes it, once a start: the library would take 9 MB of ours for good. The key goes in as its
+    standard input, which nobody else sees.
+    """
     try:
-        # Imported here: only this backend needs it, and it is large.
-        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-    except ImportError:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", DERIVE],
+            input=private,
+            capture_output=True,
+            text=True,
+            timeout=DERIVE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KeyUnusable(f"cannot derive the public WireGuard key: {type(error).__name__}") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise KeyUnusable(
-            "the wireguard backend needs the Python package cryptography; pip install 'flanneld[wireguard]'"
-        ) from None
-    return b64encode(X25519PrivateKey.from_private_bytes(b64decode(private)).public_key().public_bytes_raw()).decode()
+            f"cannot derive the public WireGuard key: {lines[-1]}; the wireguard backend needs the Python package "
+            "cryptography: pip install 'flanneld[wireguard]'"
+        )
+    return done.stdout.strip()
 
 
 def _exists(path: Path) -> bool:

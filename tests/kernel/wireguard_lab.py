@@ -44,6 +44,7 @@ class Node:
     def __init__(self, namespace: Namespace, number: int, engines: tuple[Any, ...], backend: Wireguard) -> None:
         self.namespace, self.number, self.engines, self.backend = namespace, number, engines, backend
         self.key = clamped(os.urandom(32))
+        self._keys = ("", "")
         self.now = time.time
         self.dataplane: Dataplane | None = None
         self.handler: WireguardHandler | None = None
@@ -68,8 +69,13 @@ class Node:
         local: Any = {4: IPv4Address(f"192.168.64.{self.number}"), 6: IPv6Address(f"2001:db8:64::{self.number}")}
         subnets: Any = {4: IPv4Network(f"10.5.{self.number}.0/24"), 6: IPv6Network(f"fc00:0:0:{self.number}::/64")}
         config = NetworkConfig(enable_ipv6=True, network=NETWORK, ipv6_network=NETWORK6, backend_type="wireguard")
-        facts = {"wireguard_key": self.key, "wireguard_public_key": public_key(self.key)}
+        facts = {"wireguard_key": self.key, "wireguard_public_key": self._public_key()}
         return Host(Underlay("eth0", 1500, local, local), config, subnets, facts)
+
+    def _public_key(self) -> str:
+        if self._keys[0] != self.key:
+            self._keys = self.key, public_key(self.key)
+        return self._keys[1]
 
     @property
     def lease(self) -> Lease:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import structlog
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.backend import BackendError
+from flanneld import wireguard_key
 from flanneld.wireguard_key import KeyUnusable, clamped, load_or_make, load_or_make_key, public_key
 
 PRIVATE = clamped(b"\1" * 32)
@@ -119,8 +121,20 @@ def test_what_is_logged_shows_no_private_key(tmp_path: Path) -> None:
     assert public in repr(lines)
 
 
+def test_the_public_key_is_wg_s() -> None:
+    assert public_key(PRIVATE) == PUBLIC
+
+
+def test_a_missing_library_is_named_and_the_key_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wireguard_key, "DERIVE", "import no_such_library_here")
+    with pytest.raises(KeyUnusable, match=r"No module named 'no_such_library_here'.*pip install") as error:
+        public_key(PRIVATE)
+    assert PRIVATE not in str(error.value)
+
+
 @given(st.binary(min_size=32, max_size=32))
 def test_clamping_keeps_the_public_key_and_is_done_once(raw: bytes) -> None:
     text = clamped(raw)
-    assert public_key(text) == public_key(b64encode(raw).decode())
+    kept, given = (X25519PrivateKey.from_private_bytes(key).public_key() for key in (b64decode(text), raw))
+    assert kept.public_bytes_raw() == given.public_bytes_raw()
     assert clamped(b64decode(text)) == text
