@@ -21,6 +21,8 @@ class Board:
         self.snapshot: LeaseSnapshot | None = None
         self.standing: Standing | None = None
         self.lease: Lease | None = None
+        self.refuse = ""
+        """Why no container may get an address of our subnet: it is another node's now. Written by the keeper."""
         self.reload = False
         """SIGHUP: read everything again. Cleared by the keeper."""
         self.stopping = threading.Event()

@@ -7,6 +7,7 @@ from ipaddress import ip_interface
 from pathlib import Path
 
 from backends.kernel_state import Change, Interface, Scope, is_flannel_device
+from cni.daemon_status import lock_path
 from flanneld.dataplane.assemble import make_dataplane
 from flanneld.options import Options
 from flanneld.outputs import STATUS_FILE
@@ -41,6 +42,7 @@ def cleanup(options: Options) -> list[Change]:
         raise CleanupError("; ".join(failure.message for failure in failures))
     path.unlink(missing_ok=True)
     path.with_name(STATUS_FILE).unlink(missing_ok=True)
+    Path(lock_path(options.subnet_file)).unlink(missing_ok=True)
     return changes
 
 

@@ -17,6 +17,7 @@ import structlog
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 
+from cni.daemon_status import hold_lock
 from flanneld.board import Board
 from flanneld.dataplane.assemble import make_dataplane
 from flanneld.dataplane.dataplane import Dataplane
@@ -294,5 +295,16 @@ def run(options: Options) -> int:
     if os.geteuid() != 0:
         log.error("flanneld must run as root: it makes network devices and routes (sudo flanneld …)")
         return 1
+    try:
+        lock = hold_lock(options.subnet_file)
+    except BlockingIOError:
+        log.error(f"another flanneld runs with {options.subnet_file}; stop it, or give this one its own --subnet-file")
+        return 1
+    except OSError as error:
+        log.error(f"cannot write beside {options.subnet_file}: {error.strerror}; mend that, or choose --subnet-file")
+        return 1
     log.info("flanneld starting", **options.redacted())
-    return Daemon(options).run()
+    try:
+        return Daemon(options).run()
+    finally:
+        os.close(lock)

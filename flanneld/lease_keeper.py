@@ -38,6 +38,7 @@ from subnet_lease.store import (
     LeaseStore,
     NodeHints,
     StoreError,
+    SubnetTaken,
 )
 
 log = structlog.get_logger("flanneld")
@@ -110,6 +111,8 @@ class LeaseKeeper:
         except UnderlayError as error:
             self._fail("underlay", "underlay", error)
         except StoreError as error:
+            if isinstance(error, SubnetTaken):
+                self._board.refuse = str(error)
             self._fail("lease", error.cause, error)
             if not error.transient and self._board.standing is None:
                 self._board.stop(1)
@@ -141,6 +144,7 @@ class LeaseKeeper:
             lease = self._first_claim(config, backend, underlay, identity, view)
         else:
             lease = self._follow_lease(config, backend, underlay, identity, lease)
+        self._board.refuse = ""
         self._health.set("config", None)
         self._health.set("lease", None)
         return self._renew(lease)

@@ -46,6 +46,9 @@ class Outputs:
         except OSError as error:
             self._health.set("subnet_file", f"cannot write {error.filename or self._subnet_file}: {error.strerror}")
             return
+        except ValueError as error:
+            self._health.set("subnet_file", f"cannot write --cni-conf={self._options.cni_conf}: {error}")
+            return
         self._written = standing
         self._health.set("subnet_file", None)
         self.write_status()
@@ -74,6 +77,8 @@ class Outputs:
             "ready": self._health.ready,
             "reasons": list(self._health.reasons),
             "node": self._options.node_name,
+            "subnet_file": str(self._subnet_file),
+            "refuse": self._board.refuse,
             "subnet": None,
             "ipv6_subnet": None,
         }
