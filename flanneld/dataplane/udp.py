@@ -122,6 +122,18 @@ class UdpHandler:
         """By device: the worker's pid, how many peers it has, and which offloads the kernel lacks. From any thread."""
         return self._status
 
+    @staticmethod
+    def counters(device: str = "flannel0") -> dict[str, int]:
+        """Packets, bytes and drops by cause, asked of the worker over a connection of its own, so from any thread.
+
+        {} when there is no worker in this network namespace.
+        """
+        try:
+            with contextlib.closing(Client(device)) as client:
+                return {name: int(value) for name, value in client.ask("counters").items()}
+        except WorkerGone:
+            return {}
+
     # Looking
 
     def _render(self) -> dict[Key, Record]:

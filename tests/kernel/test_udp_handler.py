@@ -116,6 +116,10 @@ def test_what_was_applied_is_what_is_observed_and_idle_writes_nothing(joined: tu
     a, b = joined
     assert a.one_pass(a.desired(b.lease)) == []
     assert a.handler.status()["flannel0"]["peers"] == 1
+    with a.namespace.inside():
+        counted = a.handler.counters()
+        assert counted["tx_packets"] > 0 and counted["drop_unknown_sender"] == 0
+        assert a.handler.counters("flannel9") == {}
     a.dataplane.invalidate()  # type: ignore[union-attr]
     assert a.one_pass(a.desired(b.lease)) == []
 
