@@ -46,7 +46,6 @@ WATCH_SECONDS: Final = 300
 """How long the API server is asked to keep one watch open."""
 
 _CALL_TIMEOUT: Final = httpx2.Timeout(10.0, connect=5.0)
-_WATCH_TIMEOUT: Final = httpx2.Timeout(SILENCE, connect=5.0, write=10.0, pool=10.0)
 
 
 class Gone(StoreError):
@@ -86,7 +85,7 @@ class Api:
         self.url = config.cluster.server
         try:
             self._calls = Client(config, timeout=_CALL_TIMEOUT, field_manager="flanneld")
-            self._watches = client_adapter.Client(config, client_adapter.ConnectionParams(timeout=_WATCH_TIMEOUT))
+            self._watches = client_adapter.Client(config, client_adapter.ConnectionParams(timeout=_CALL_TIMEOUT))
         except (ConfigError, OSError, ValueError, httpx2.InvalidURL) as error:
             raise SetupError(
                 f"the Kubernetes credentials for {self.url} cannot be used: {error};"
@@ -155,6 +154,8 @@ class Api:
             except BaseException:
                 answer.close()
                 raise
+        # The answer's beginning comes at once; what follows may take its time (read when the body is).
+        request.extensions["timeout"]["read"] = SILENCE
         return Watch(self, kind, answer)
 
     def close(self) -> None:
@@ -244,10 +245,14 @@ class Watch(Generic[Watched]):
             _keep_alive(self._socket)
 
     def __iter__(self) -> Iterator[list[Change[Watched]]]:
-        """Changes in batches, as they arrive. Ends when the server ends the watch; raises StoreError."""
+        """Changes in batches, as they arrive; raises StoreError.
+
+        Ends when the server ends the watch, and also when it falls silent or the connection breaks: whether that was
+        a failure shows when the next watch is opened.
+        """
         rest = b""
         try:
-            with self._api._errors("watch", _resource(self._kind)):
+            with self._api._errors("watch", _resource(self._kind)), contextlib.suppress(httpx2.TransportError):
                 for chunk in self._answer.iter_bytes():
                     *lines, rest = (rest + chunk).split(b"\n") if rest else chunk.split(b"\n")
                     batch = [self._change(line) for line in lines if line]

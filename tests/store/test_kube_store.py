@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from flanneld.lab.wait import wait_until
@@ -420,10 +421,23 @@ def test_a_cluster_restored_from_a_backup_is_listed_again(fake, make_store):
     watcher.sees("10.244.2.0-24", timeout=20)
 
 
-def test_a_watch_that_falls_silent_is_opened_again(fake, make_store, monkeypatch):
-    import httpx2
+def test_silence_is_no_failure_but_a_reason_to_ask_again(fake, make_store, monkeypatch):
+    monkeypatch.setattr("subnet_lease.kube_api.SILENCE", 0.5)
+    fake.bookmark_every = 60
+    fake.add_peer("n2", "10.244.2.0/24", "192.0.2.2", "02:00:00:00:00:02")
+    store = make_store(fake)
+    watcher = Watcher(store)
+    watcher.sees("10.244.2.0-24")
+    wait_until(lambda: fake.count("watch", "nodes") >= 4, 20)
+    fake.add_peer("n3", "10.244.3.0/24", "192.0.2.3", "02:00:00:00:00:03")
+    watcher.sees("10.244.2.0-24", "10.244.3.0-24")
+    assert fake.count("list", "nodes") == 1
+    assert store.status.errors == {}
 
-    monkeypatch.setattr("subnet_lease.kube_api._WATCH_TIMEOUT", httpx2.Timeout(1.0))
+
+def test_a_server_that_answers_no_more_is_noticed_and_the_watch_goes_on_afterwards(fake, make_store, monkeypatch):
+    monkeypatch.setattr("subnet_lease.kube_api.SILENCE", 0.5)
+    monkeypatch.setattr("subnet_lease.kube_api._CALL_TIMEOUT", httpx2.Timeout(1.0))
     fake.add_peer("n2", "10.244.2.0/24", "192.0.2.2", "02:00:00:00:00:02")
     watcher = Watcher(make_store(fake))
     watcher.sees("10.244.2.0-24")

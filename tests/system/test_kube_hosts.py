@@ -1,6 +1,7 @@
 """Hosts of a cluster: daemons with --kube-subnet-mgr, an API server between them, containers that reach each other.
 
-The API server is the fake one: nodes and their podCIDRs are what kubelet and the controller manager would have made.
+The API server is the fake one, and for the first test a real one, too, where there is one. Nodes and their podCIDRs
+are what kubelet and the controller manager would have made.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flanneld.lab.hosts import Lab
 from flanneld.lab.wait import wait_until
 from tests.testbed.fake_kube import FakeKube
+from tests.testbed.real_kube import RealKube, assets
 
 PREFIX = "flannel.alpha.coreos.com/"
 NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
@@ -22,12 +25,16 @@ NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
 class Cluster:
     """A lab whose leases are nodes of an API server in a namespace of its own."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, *, real: bool = False) -> None:
         self.lab = lab
         self.net_conf = lab.directory / "net-conf.json"
         self.configure(NET_CONF)
-        with lab.etcd_ns.inside():
-            self.kube = FakeKube(address=str(lab.underlay[2]))
+        self.kube: Any
+        if real:
+            self.kube = RealKube(address=str(lab.underlay[2]), namespace=lab.etcd_ns)
+        else:
+            with lab.etcd_ns.inside():
+                self.kube = FakeKube(address=str(lab.underlay[2]))
 
     def configure(self, config: dict[str, object]) -> None:
         self.net_conf.write_text(json.dumps(config))
@@ -66,7 +73,16 @@ def cluster(make_lab: Callable[..., Lab]) -> Iterator[Cluster]:
     cluster.kube.stop()
 
 
-def test_containers_on_two_nodes_reach_each_other(cluster):
+@pytest.fixture(params=["fake", "real"] if assets() else ["fake"])
+def any_cluster(request: pytest.FixtureRequest, make_lab: Callable[..., Lab]) -> Iterator[Cluster]:
+    """On the fake API server, and on a real one where KUBEBUILDER_ASSETS points to it."""
+    cluster = Cluster(make_lab(2, etcd=False), real=request.param == "real")
+    yield cluster
+    cluster.kube.stop()
+
+
+def test_containers_on_two_nodes_reach_each_other(any_cluster):
+    cluster = any_cluster
     lab, kube = cluster.lab, cluster.kube
     cluster.join()
     for host in lab.hosts:
@@ -78,7 +94,7 @@ def test_containers_on_two_nodes_reach_each_other(cluster):
     assert b.ping(a.address).ok
     for host in lab.hosts:
         mac = json.loads(host.run("ip -j link show flannel.1"))[0]["address"]
-        assert kube.annotations(host.name) == {
+        assert {k: v for k, v in kube.annotations(host.name).items() if k.startswith(PREFIX)} == {
             PREFIX + "backend-data": f'{{"VNI":1,"VtepMAC":"{mac}"}}',
             PREFIX + "backend-type": "vxlan",
             PREFIX + "kube-subnet-manager": "true",

@@ -14,13 +14,12 @@ import ssl
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from flanneld.lab.etcd import free_port
-from flanneld.lab.netns import end, run
+from flanneld.lab.netns import Namespace, end, run
 from tests.testbed.fake_kube import Object, peer_annotations
 
 TOKEN = "envtest-token"
@@ -33,12 +32,14 @@ def assets() -> Path | None:
 
 
 class RealKube:
-    """One API server that allows everything to one token."""
+    """One API server that allows everything to one token; inside a namespace it listens on ``address``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, address: str = "127.0.0.1", namespace: Namespace | None = None) -> None:
         where = assets()
         assert where is not None
         self._where = where
+        self._address = address
+        self._namespace = namespace
         self._directory = Path(tempfile.mkdtemp(prefix="flanneld-kube-"))
         self._port, self._etcd_port, self._peer_port = free_port(), free_port(), free_port()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -56,7 +57,7 @@ class RealKube:
 
     @property
     def url(self) -> str:
-        return f"https://127.0.0.1:{self._port}"
+        return f"https://{self._address}:{self._port}"
 
     def _start(self) -> None:
         etcd = f"http://127.0.0.1:{self._etcd_port}"
@@ -71,7 +72,7 @@ class RealKube:
         tokens = self._directory / "tokens.csv"
         tokens.write_text(f'{TOKEN},tester,tester,"system:masters"\n')
         self._spawn(
-            "kube-apiserver", f"--etcd-servers={etcd}", f"--secure-port={self._port}", "--bind-address=127.0.0.1",
+            "kube-apiserver", f"--etcd-servers={etcd}", f"--secure-port={self._port}", f"--bind-address={self._address}",
             f"--cert-dir={self._directory / 'certs'}", "--service-cluster-ip-range=10.96.0.0/16",
             f"--token-auth-file={tokens}", "--authorization-mode=AlwaysAllow", "--allow-privileged=true",
             "--service-account-issuer=https://kubernetes.default.svc", f"--service-account-key-file={key}",
@@ -92,8 +93,11 @@ class RealKube:
         self._wait()
 
     def _spawn(self, program: str, *arguments: str) -> None:
+        argv = [str(self._where / program), *arguments]
+        if self._namespace is not None:
+            self._processes.append(self._namespace.start(argv, log=self._directory / f"{program}.log"))
+            return
         with (self._directory / f"{program}.log").open("wb") as log:
-            argv = [str(self._where / program), *arguments]
             self._processes.append(
                 subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
             )
@@ -116,8 +120,10 @@ class RealKube:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": kind},
         )
-        with urllib.request.urlopen(request, context=self._trust, timeout=10) as answer:
-            data = answer.read()
+        with contextlib.ExitStack() as stack:
+            if self._namespace is not None:
+                stack.enter_context(self._namespace.inside())
+            data = stack.enter_context(urllib.request.urlopen(request, context=self._trust, timeout=10)).read()
         return data if raw else json.loads(data)
 
     # -- what tests do; see FakeKube ---------------------------------------------------------------------------
@@ -178,6 +184,10 @@ class RealKube:
             self._call("DELETE", f"{where}?gracePeriodSeconds=0")
         self._call("DELETE", "/api/v1/namespaces/default/events")
         self._call("DELETE", "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies")
+
+    def stop(self) -> None:
+        """As FakeKube is ended."""
+        self.close()
 
     def close(self) -> None:
         for process in reversed(self._processes):
