@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -548,6 +549,35 @@ def test_closing_ends_the_watch_at_once(fake, make_store):
     store.close()
     watcher.thread.join(5)
     assert not watcher.thread.is_alive()
+
+
+@pytest.mark.field_problem(18)
+def test_a_storm_of_changes_with_cuts_and_compactions_ends_exact(fake, make_store):
+    chance = random.Random(18)
+    watcher = Watcher(make_store(fake))
+    watcher.sees()
+    known: dict[str, str] = {}
+    for step in range(2000):
+        name, number = f"p{chance.randrange(200)}", chance.randrange(250)
+        if name not in known:
+            known[name] = f"192.0.2.{number}"
+            fake.add_peer(name, f"10.244.{name[1:]}.0/24", known[name], "02:00:00:00:00:02")
+        elif chance.random() < 0.4:
+            del known[name]
+            fake.delete_node(name)
+        else:
+            known[name] = f"192.0.2.{number}"
+            fake.annotate(name, {PREFIX + "public-ip": known[name]})
+        if step % 400 == 200:
+            fake.drop()
+        if step % 400 == 399:
+            fake.store.compact()
+    wanted = {f"10.244.{name[1:]}.0-24": address for name, address in known.items()}
+
+    def seen() -> dict[str, str]:
+        return {key: str(lease.attrs.public_ip) for key, lease in watcher.snapshots[-1].leases.items()}
+
+    wait_until(lambda: seen() == wanted, 20, lambda: f"{set(seen().items()) ^ set(wanted.items())}")
 
 
 # -- the network configuration -----------------------------------------------------------------------------------
