@@ -124,6 +124,7 @@ class Tunnel:
         The walk of a plain packet is written out here, short, since that is what its round trip consists of.
         """
         frame, tun, into, first = self._frame, self.tun, self._from_tun, True
+        send, sent = self.udp.sendto, self._sent
         try:
             for _ in range(BURST):
                 size = os.readv(tun, into) - VNET_SIZE
@@ -144,7 +145,12 @@ class Tunnel:
                 if kind or flags:
                     self._offloaded(size, kind, hop)
                 elif first:
-                    self._send_one(frame[VNET_SIZE : VNET_SIZE + size], hop)
+                    try:
+                        send(frame[VNET_SIZE : VNET_SIZE + size], hop)
+                        sent[0] += 1
+                        sent[1] += size
+                    except OSError as error:
+                        self._resend(frame[VNET_SIZE : VNET_SIZE + size], hop, error)
                 else:
                     self._queue(size, hop)
                 first = False
@@ -260,14 +266,12 @@ class Tunnel:
         try:
             self.udp.sendto(data, hop)
         except OSError as error:
-            if not self._sent_again(data, hop, error):
-                self.counters["drop_send_failed"] += 1
-                return
-        sent = self._sent
-        sent[0] += 1
-        sent[1] += len(data)
+            self._resend(data, hop, error)
+        else:
+            self._sent[0] += 1
+            self._sent[1] += len(data)
 
-    def _sent_again(self, data: memoryview, hop: Hop, error: OSError) -> bool:
+    def _resend(self, data: memoryview, hop: Hop, error: OSError) -> None:
         """A second attempt: the first may have reported an ICMP error about an earlier packet, or an old interface."""
         if not isinstance(error, ConnectionRefusedError):
             with contextlib.suppress(OSError):
@@ -275,8 +279,10 @@ class Tunnel:
         try:
             self.udp.sendto(data, hop)
         except OSError:
-            return False
-        return True
+            self.counters["drop_send_failed"] += 1
+        else:
+            self._sent[0] += 1
+            self._sent[1] += len(data)
 
     def _slow_outbound(self, size: int) -> None:
         """Say and count why a packet goes no further; one with IP options takes its way from here."""
