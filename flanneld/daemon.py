@@ -39,7 +39,7 @@ from subnet_lease.store import LeaseStore, StoreError
 
 log = structlog.get_logger("flanneld")
 
-LOOP_STALL = 30.0
+LOOP_STALL = 45.0
 """Seconds without a turn of the reconciler after which /healthz says that the daemon hangs."""
 
 HOST_CHECK_INTERVAL = 60.0
