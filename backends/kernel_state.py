@@ -14,7 +14,7 @@ import enum
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 ROUTE_PROTOCOL: Final = 241
 """rtm_protocol of the routes that we put on devices that are not ours (host-gw, DirectRouting, blackhole).
@@ -111,6 +111,7 @@ LinkSettings = Vxlan | Wireguard | Ipip | Tun | Foreign
 class Link:
     """A device of ours, up, with its settings. ``mac`` and ``tx_checksum`` are None where we do not care."""
 
+    kind: ClassVar[Kind] = Kind.LINK
     name: str
     settings: LinkSettings
     mtu: int
@@ -127,6 +128,7 @@ class Link:
 class Sysctl:
     """``path`` is relative to /proc/sys, with slashes: net/ipv6/conf/flannel.1/accept_ra."""
 
+    kind: ClassVar[Kind] = Kind.SYSCTL
     path: str
     value: str
 
@@ -139,6 +141,7 @@ class Sysctl:
 class Address:
     """``address`` is in CIDR form: 10.5.52.0/32."""
 
+    kind: ClassVar[Kind] = Kind.ADDRESS
     dev: str
     address: str
 
@@ -151,6 +154,7 @@ class Address:
 class FdbEntry:
     """A permanent forwarding entry of a vxlan device: frames for ``mac`` go to the VTEP at ``dst``."""
 
+    kind: ClassVar[Kind] = Kind.FDB
     dev: str
     mac: str
     dst: str
@@ -164,6 +168,7 @@ class FdbEntry:
 class Neighbour:
     """A permanent neighbour (ARP or ND) entry."""
 
+    kind: ClassVar[Kind] = Kind.NEIGHBOUR
     dev: str
     dst: str
     mac: str
@@ -180,6 +185,7 @@ class Route:
     ``metric`` None means the kernel's default (0 for IPv4, 1024 for IPv6).
     """
 
+    kind: ClassVar[Kind] = Kind.ROUTE
     dst: str
     dev: str | None
     via: str | None = None
@@ -199,6 +205,7 @@ class Route:
 class WireguardPeer:
     """A peer of a WireGuard device. ``endpoint`` is host:port or [host]:port; ``preshared_key`` stays out of reprs."""
 
+    kind: ClassVar[Kind] = Kind.TUNNEL_PEER
     dev: str
     public_key: str
     endpoint: str
@@ -215,6 +222,7 @@ class WireguardPeer:
 class UdpPeer:
     """A peer of the udp tunnel: packets for ``subnet`` (CIDR) go to ``address``:``port``."""
 
+    kind: ClassVar[Kind] = Kind.TUNNEL_PEER
     dev: str
     subnet: str
     address: str
@@ -249,6 +257,7 @@ class Firewall:
     desired record.
     """
 
+    kind: ClassVar[Kind] = Kind.FIREWALL
     family: Literal[4, 6]
     mode: Literal["iptables", "nftables"]
     rules: tuple[Rule, ...]
@@ -264,6 +273,7 @@ class Firewall:
 class Hook:
     """A command that runs once when it appears and another when it goes (the extension backend's)."""
 
+    kind: ClassVar[Kind] = Kind.HOOK
     name: str
     add: str
     remove: str

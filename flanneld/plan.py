@@ -65,7 +65,7 @@ def dependencies(change: Change) -> tuple[Key, ...]:
     if change.op == "remove":
         return ()
     record = change.record
-    kind, dev = record.key[0], device_of(record)
+    kind, dev = record.kind, device_of(record)
     keys: tuple[Key, ...] = ((Kind.LINK, dev),) if dev is not None else ()
     if kind == Kind.NEIGHBOUR:
         keys += ((Kind.FDB, dev, getattr(record, "mac", None)),)
@@ -75,4 +75,4 @@ def dependencies(change: Change) -> tuple[Key, ...]:
 
 
 def _rank(change: Change) -> int:
-    return int(change.record.key[0] or 0)
+    return change.record.kind

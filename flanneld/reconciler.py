@@ -17,8 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from backends.kernel_state import Change, Failure, KernelState, Key, Kind, Observation, Scope
+from backends.kernel_state import (
+    Change,
+    Failure,
+    KernelState,
+    Key,
+    Kind,
+    Observation,
+    Scope,
+)
 from flanneld.plan import Owned, dependencies, plan
+
+BULK = (Kind.FDB, Kind.NEIGHBOUR, Kind.ROUTE)
 
 
 class Dataplane(Protocol):
@@ -175,8 +185,9 @@ class Reconciler:
         failures, skipped = self._apply(changes)
         unfinished = {f.change.record.key for f in failures} | skipped
         progress.failed = unfinished | (progress.failed - (keys if keys is not None else progress.failed))
-        # What was written is looked at once more: the kernel may have understood it otherwise.
-        progress.dirty = {c.record.key for c in changes} - unfinished
+        # What was written is looked at once more: the kernel, or a tool, may have understood it otherwise. Entries by
+        # the thousand are left out: each has its acknowledgement, and what they became is told by the monitor.
+        progress.dirty = {c.record.key for c in changes if c.record.kind not in BULK} - unfinished
         if progress.dirty:
             self._dataplane.wake()
         repairs: tuple[Change, ...] = ()
@@ -212,8 +223,8 @@ class Reconciler:
         start = 0
         while start < len(changes):
             end = start
-            stage = (changes[start].op, changes[start].record.key[0])
-            while end < len(changes) and (changes[end].op, changes[end].record.key[0]) == stage:
+            stage = (changes[start].op, changes[start].record.kind)
+            while end < len(changes) and (changes[end].op, changes[end].record.kind) == stage:
                 end += 1
             batch = changes[start:end]
             if failed:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import structlog
 
 from backends.backend import BackendError
-from backends.kernel_state import Change, Key, Kind, Observation, Record, RouteLookup
+from backends.kernel_state import Change, Observation, Record, RouteLookup
 from flanneld.board import Board
 from flanneld.desired import DesiredState
 from flanneld.ownership import ownership
@@ -95,10 +95,10 @@ class WantedState:
         self._health.beat = time.monotonic()
         metrics.passes.inc()
         metrics.seconds.observe(result.seconds)
-        for change in result.changes:
-            metrics.changes.labels(_kind(change.record.key), change.op).inc()
-        for change in result.repairs:
-            metrics.repairs.labels(_kind(change.record.key)).inc()
+        for (kind, op), number in Counter((c.record.kind, c.op) for c in result.changes).items():
+            metrics.changes.labels(kind.name.lower(), op).inc(number)
+        for kind, number in Counter(c.record.kind for c in result.repairs).items():
+            metrics.repairs.labels(kind.name.lower()).inc(number)
         for failure in result.failures:
             metrics.errors.labels(failure.cause).inc()
         if result.blind:
@@ -192,16 +192,12 @@ class WantedState:
                 log.debug("kernel change", **_describe(change))
 
 
-def _kind(key: Key) -> str:
-    return Kind(int(key[0] or 0)).name.lower()
-
-
 def _counts(changes: tuple[Change, ...]) -> dict[str, int]:
-    return dict(Counter(_kind(change.record.key) for change in changes))
+    return {kind.name.lower(): n for kind, n in Counter(change.record.kind for change in changes).items()}
 
 
 def _describe(change: Change) -> dict[str, Any]:
-    return {"op": change.op, "kind": _kind(change.record.key), "record": describe(change.record)}
+    return {"op": change.op, "kind": change.record.kind.name.lower(), "record": describe(change.record)}
 
 
 def describe(record: Record) -> str:
