@@ -24,11 +24,15 @@ FLANNEL_KEYS = ["PublicIP", "PublicIPv6", "BackendType", "BackendData"]
 
 @pytest.fixture
 def standing(lab: Lab) -> list[StandIn]:
-    """Three hosts on which flanneld has built its network, with a container each."""
-    hosts = [
-        StandIn(host, Node(IPv4Network(f"10.5.{40 + i}.0/24"), host.address, f"c6:d2:32:6f:8f:4{i}"))
-        for i, host in enumerate(lab.hosts)
-    ]
+    return build(lab)
+
+
+def build(lab: Lab, *, vxlan: bool = True) -> list[StandIn]:
+    """Three hosts on which flanneld has built its network, over vxlan or host-gw, with a container each."""
+    hosts = []
+    for i, host in enumerate(lab.hosts):
+        mac = f"c6:d2:32:6f:8f:4{i}" if vxlan else ""
+        hosts.append(StandIn(host, Node(IPv4Network(f"10.5.{40 + i}.0/24"), host.address, mac)))
     for here in hosts:
         here.start([there.node for there in hosts if there is not here])
         here.host.containers.append(Container(here.host, "c", here))  # type: ignore[arg-type]
@@ -157,3 +161,21 @@ def test_a_takeover_removes_what_flanneld_forgot(lab: Lab, standing: list[StandI
     assert "c6:d2:32:6f:8f:99" not in here.host.run("bridge fdb show dev flannel.1")
     assert "10.5.99.0" not in here.host.run("ip neigh show dev flannel.1")
     assert metric(here.host, "flanneld_changes_total") == 3
+
+
+def test_host_gw_routes_change_hands_without_a_loss(lab: Lab) -> None:
+    """Its routes stand on a device that is not ours, so each is replaced once by the same with our protocol number."""
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}})
+    standing = build(lab, vxlan=False)
+    here, there = standing[0], standing[1]
+    peers = sorted(f"{peer.node.subnet} via {peer.host.address} dev eth0" for peer in standing[1:])
+    with no_packet_lost(here.host, there.host):
+        take_over(here)
+        assert sorted(line.strip() for line in here.host.run("ip route show proto 241").splitlines()) == peers
+        assert metric(here.host, "flanneld_changes_total") == len(peers)
+        assert here.subnet_file.read_text() == subnet_env(here.node, mtu=1500)
+        assert etcd_entry(lab, here.node.key)[0].startswith(here.node.value[:-1])
+        before = kernel_text(here.host, only=("routes", "iptables"))
+        here.host.daemon.stop()
+        # flannel looks for a route by destination and gateway, finds it, and leaves it alone.
+        assert kernel_text(here.host, only=("routes", "iptables")) == before

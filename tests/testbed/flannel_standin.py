@@ -29,7 +29,8 @@ class Node:
 
     subnet: IPv4Network
     public_ip: str
-    mac: str
+    mac: str = ""
+    """Of its VTEP; "" for host-gw."""
 
     @property
     def base(self) -> str:
@@ -42,10 +43,9 @@ class Node:
     @property
     def value(self) -> str:
         """LeaseAttrs as Go's encoding/json writes them: this order, no spaces."""
-        return (
-            f'{{"PublicIP":"{self.public_ip}","PublicIPv6":null,"BackendType":"vxlan",'
-            f'"BackendData":{{"VNI":1,"VtepMAC":"{self.mac}"}}}}'
-        )
+        data = f',"BackendData":{{"VNI":1,"VtepMAC":"{self.mac}"}}' if self.mac else ""
+        backend = "vxlan" if self.mac else "host-gw"
+        return f'{{"PublicIP":"{self.public_ip}","PublicIPv6":null,"BackendType":"{backend}"{data}}}'
 
 
 def subnet_env(node: Node, mtu: int = 1450, ip_masq: bool = True) -> str:
@@ -91,12 +91,13 @@ class StandIn:
     def start(self, peers: list[Node]) -> None:
         """Claim the lease, make the device, the peers, the rules and subnet.env, in flannel's order."""
         self.claim(self.host.lab.etcd)
-        self.make_device()
+        if self.node.mac:
+            self.make_device()
         self.host.run("iptables-restore --noflush", stdin=rules(self.node))
         for peer in peers:
             self.add_peer(peer)
         self.subnet_file.parent.mkdir(mode=0o755, exist_ok=True)
-        self.subnet_file.write_text(subnet_env(self.node))
+        self.subnet_file.write_text(subnet_env(self.node, 1450 if self.node.mac else 1500))
 
     def claim(self, etcd: Etcd) -> None:
         """flannel's acquireLeaseOnce: the lease with our public IP is written anew, on a new etcd lease of 24 h."""
@@ -114,6 +115,9 @@ class StandIn:
         self.host.run("ip link set flannel.1 up")
 
     def add_peer(self, peer: Node) -> None:
+        if not peer.mac:
+            self.host.run(f"ip route replace {peer.subnet} via {peer.public_ip} dev eth0")
+            return
         self.host.run(f"ip neigh replace {peer.base} lladdr {peer.mac} dev flannel.1 nud permanent")
         self.host.run(f"bridge fdb replace {peer.mac} dev flannel.1 dst {peer.public_ip} self permanent")
         self.host.run(f"ip route replace {peer.subnet} via {peer.base} dev flannel.1 onlink")
