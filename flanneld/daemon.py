@@ -272,6 +272,11 @@ class Daemon:
         yield from gauge("warnings", "Things an operator should look at; /readyz names them", len(self.health.warnings))
         yield from gauge("lease_age_seconds", "Since our lease was last proven alive", self.keeper.lease_age())
         yield labelled_counter("store_errors", "Failures of the store, by cause", "cause", status.errors)
+        standing = self.board.standing
+        if standing is not None and standing.backend.name == "udp":
+            from flanneld.dataplane.udp import UdpHandler
+
+            yield labelled_counter("udp_tunnel", "What the udp tunnel carried and dropped", "what", UdpHandler.counters())
 
     # signals
 
