@@ -7,7 +7,7 @@ makes the kernel equal to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -21,7 +21,14 @@ class BackendError(Exception):
 
 
 class PeerRefused(Exception):
-    """A peer's lease asks for something impossible or harmful. The text says what; that peer gets no records."""
+    """A peer's lease asks for something impossible or harmful. The text says what.
+
+    That peer gets no records but ``records``: what reaches it all the same, in the family that is in order.
+    """
+
+    def __init__(self, reason: str, records: Iterable[Record] = ()) -> None:
+        super().__init__(reason)
+        self.records = tuple(records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,22 @@ class Backend(Protocol):
 
     def peer_state(self, host: Host, peer: Lease) -> Iterable[Record]:
         """What reaches one peer. Raises PeerRefused."""
+
+
+def by_family(host: Host, peer: Lease, records_of: Callable[[Family], Iterable[Record]]) -> tuple[Record, ...]:
+    """The records of each family that both run. A family that is refused does not take the other one with it."""
+    records: list[Record] = []
+    reasons: list[str] = []
+    for family in host.families:
+        if peer.subnet_of(family) is None:
+            continue
+        try:
+            records += records_of(family)
+        except PeerRefused as refusal:
+            reasons.append(str(refusal))
+    if reasons:
+        raise PeerRefused("; ".join(dict.fromkeys(reasons)), records)
+    return tuple(records)
 
 
 def peer_address(host: Host, peer: Lease, family: Family) -> IPAddress:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
-from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, on_link, peer_address
-from backends.kernel_state import ROUTE_PROTOCOL, Route
+from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, by_family, on_link, peer_address
+from backends.kernel_state import ROUTE_PROTOCOL, Record, Route
 from subnet_lease.lease import FAMILIES, Family, Lease
 
 
@@ -41,8 +41,8 @@ class HostGw:
         _refuse_translation(host)
         return ()
 
-    def peer_state(self, host: Host, peer: Lease) -> tuple[Route, ...]:
-        return tuple(_route(host, peer, family) for family in host.families if peer.subnet_of(family) is not None)
+    def peer_state(self, host: Host, peer: Lease) -> tuple[Record, ...]:
+        return by_family(host, peer, lambda family: (_route(host, peer, family),))
 
 
 def _route(host: Host, peer: Lease, family: Family) -> Route:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, on_link, peer_address
+from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, by_family, on_link, peer_address
 from backends.kernel_state import (
     ROUTE_PROTOCOL,
     Address,
@@ -112,23 +112,20 @@ class Vxlan:
             yield Address(device, f"{subnet.network_address}/{subnet.max_prefixlen}")
 
     def peer_state(self, host: Host, peer: Lease) -> Iterable[Record]:
-        records: list[Record] = []
-        for family in host.families:
-            subnet = peer.subnet_of(family)
-            if subnet is None:
-                continue
-            public = peer_address(host, peer, family)
-            if self.options.DirectRouting and on_link(host, public):
-                records.append(Route(str(subnet), host.underlay.name, via=str(public), protocol=ROUTE_PROTOCOL))
-                continue
-            device, gateway = self.device(family), str(subnet.network_address)
-            mac = self._peer_mac(host, peer, family)
-            records += [
-                FdbEntry(device, mac, str(public)),
-                Neighbour(device, gateway, mac),
-                Route(str(subnet), device, via=gateway, onlink=True),
-            ]
-        return records
+        return by_family(host, peer, lambda family: self._way_to(host, peer, family))
+
+    def _way_to(self, host: Host, peer: Lease, family: Family) -> tuple[Record, ...]:
+        subnet, public = peer.subnet_of(family), peer_address(host, peer, family)
+        assert subnet is not None
+        if self.options.DirectRouting and on_link(host, public):
+            return (Route(str(subnet), host.underlay.name, via=str(public), protocol=ROUTE_PROTOCOL),)
+        device, gateway = self.device(family), str(subnet.network_address)
+        mac = self._peer_mac(host, peer, family)
+        return (
+            FdbEntry(device, mac, str(public)),
+            Neighbour(device, gateway, mac),
+            Route(str(subnet), device, via=gateway, onlink=True),
+        )
 
     def _peer_mac(self, host: Host, peer: Lease, family: Family) -> str:
         data = peer.attrs.backend_data_of(family)

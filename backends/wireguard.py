@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, peer_address
+from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, by_family, peer_address
 from backends.kernel_state import Address, Link, Record, Route, WireguardPeer
 from backends.kernel_state import Wireguard as WireguardSettings
 from subnet_lease.go_json import decode_options
@@ -101,12 +101,12 @@ class Wireguard:
             # IPv6 routes have no scope: the kernel reads every one of them back as global.
             yield Route(str(host.config.network_of(family)), self._device(family), link_scope=family == 4)
 
-    def peer_state(self, host: Host, peer: Lease) -> tuple[WireguardPeer, ...]:
+    def peer_state(self, host: Host, peer: Lease) -> tuple[Record, ...]:
+        if self.options.Mode == "separate":
+            return by_family(host, peer, lambda family: (self._peer(host, peer, family, [family]),))
         shared = [family for family in host.families if peer.subnet_of(family) is not None]
         if not shared:
             return ()
-        if self.options.Mode == "separate":
-            return tuple(self._peer(host, peer, family, [family]) for family in shared)
         return (self._peer(host, peer, self._transport(host, peer), shared),)
 
     def _peer(self, host: Host, peer: Lease, transport: Family, inner: list[Family]) -> WireguardPeer:

@@ -116,11 +116,13 @@ class DesiredState:
             return self._withdraw(lease_key)
         try:
             self._check(lease)
-            new = {record.key: record for record in self.standing.backend.peer_state(self.standing.host, lease)}
+            new, reason = self._ask(lease)
             self._check_collisions(lease_key, new, touched)
         except PeerRefused as refusal:
+            new, reason = {}, str(refusal)
+        if reason and not new:
             changed = self._withdraw(lease_key)
-            self.refused[lease_key] = str(refusal)
+            self.refused[lease_key] = reason
             return changed
         old = self._peers.get(lease_key, {})
         for key in old.keys() - new.keys():
@@ -128,8 +130,18 @@ class DesiredState:
         self._records.update(new)
         self._owner.update(dict.fromkeys(new, lease_key))
         self._peers[lease_key] = new
-        self.refused.pop(lease_key, None)
+        if reason:
+            self.refused[lease_key] = reason
+        else:
+            self.refused.pop(lease_key, None)
         return {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} if old else set(new)
+
+    def _ask(self, lease: Lease) -> tuple[dict[Key, Record], str]:
+        """The backend's records, and why one family has none ("": all have theirs)."""
+        try:
+            return {r.key: r for r in self.standing.backend.peer_state(self.standing.host, lease)}, ""
+        except PeerRefused as refusal:
+            return {r.key: r for r in refusal.records}, str(refusal)
 
     def _withdraw(self, lease_key: str) -> set[Key]:
         self.refused.pop(lease_key, None)

@@ -50,9 +50,11 @@ def test_a_peer_with_our_own_address_is_refused() -> None:
         HostGw({}).peer_state(host(), lease(public4="192.168.64.2"))
 
 
-def test_a_peer_off_link_in_one_family_is_refused_whole() -> None:
-    with pytest.raises(PeerRefused, match="2001:db8:ffff::3"):
+@pytest.mark.field_problem(6)
+def test_a_peer_off_link_in_one_family_keeps_the_other() -> None:
+    with pytest.raises(PeerRefused, match="2001:db8:ffff::3") as refusal:
         HostGw({}).peer_state(host(v6=True), lease(v6=True, public6="2001:db8:ffff::3"))
+    assert refusal.value.records == (Route("10.5.2.0/24", "eth0", via="192.168.64.3", protocol=ROUTE_PROTOCOL),)
 
 
 @pytest.mark.parametrize("question", ["published", "host_state"])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.backend import BackendError, Host, PeerRefused, Published
-from backends.kernel_state import Address, Link, Record, Route, WireguardPeer
+from backends.kernel_state import Address, Kind, Link, Record, Route, WireguardPeer
 from backends.kernel_state import Wireguard as Settings
 from backends.wireguard import Wireguard, is_key
 from tests.unit.backend_values import host, lease, underlay
@@ -129,6 +129,13 @@ def test_a_peer_that_publishes_nonsense_is_refused_by_name(data: Any, words: str
     with pytest.raises(PeerRefused, match=r"10\.5\.2\.0-24") as refusal:
         Wireguard({}).peer_state(node(), peer(data=data))
     assert words in str(refusal.value)
+
+
+def test_a_family_that_publishes_nonsense_does_not_take_the_other_with_it() -> None:
+    with pytest.raises(PeerRefused, match="PublicKey 7") as refusal:
+        Wireguard({}).peer_state(node(v6=True), peer(v6=True, v6_data={"PublicKey": 7}))
+    (record,) = refusal.value.records
+    assert record.key == (Kind.TUNNEL_PEER, "flannel-wg", PEER)
 
 
 @pytest.mark.parametrize(

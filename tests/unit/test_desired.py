@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
@@ -88,6 +88,26 @@ def test_a_lease_that_would_do_harm_is_refused(bad, says):
     state.update(snapshot(OWN, bad, good), 0)
     assert says in state.refused[bad.key]
     assert routes(state) == {"10.5.3.0/24"}
+
+
+@pytest.mark.field_problem(6)
+def test_a_peer_that_is_wrong_in_one_family_keeps_the_other():
+    both = host(v4=True, v6=True, facts=FACTS)
+    state = DesiredState(Standing(Vxlan({}), both, OWN))
+    good = lease("10.5.2.0/24", 12)
+    attrs = replace(good.attrs, public_ipv6=IPv6Address("2001:db8:64::c"), backend_v6_data=good.attrs.backend_data)
+    peer = Lease(good.subnet, IPv6Network("fc00:0:0:2::/64"), attrs)
+    state.update(snapshot(OWN, peer), 0)
+    assert routes(state) == {"10.5.2.0/24", "fc00:0:0:2::/64"}
+    mute = replace(peer, attrs=replace(attrs, backend_v6_data=None))
+    touched = state.update(snapshot(OWN, mute), 1)
+    assert routes(state) == {"10.5.2.0/24"}
+    assert len(touched) == 3, "the three records of one family"
+    assert "VtepMAC None" in state.refused[peer.key]
+    assert state.peers == 1
+    state.update(snapshot(OWN, peer), 2)
+    assert routes(state) == {"10.5.2.0/24", "fc00:0:0:2::/64"}
+    assert state.refused == {}
 
 
 def test_two_peers_with_one_mac_the_first_keeps_it_and_the_second_gets_it_when_the_first_goes():
