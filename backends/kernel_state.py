@@ -42,6 +42,9 @@ class Kind(enum.IntEnum):
     FIREWALL = 8
     HOOK = 9
 
+    # An Enum hashes its name, in Python; keys are hashed by the ten thousand.
+    __hash__ = int.__hash__
+
 
 Key = tuple[int | str | None, ...]
 
