@@ -146,8 +146,9 @@ class LeaseKeeper:
             lease = self._follow_lease(config, backend, underlay, identity, lease)
         self._board.refuse = ""
         self._health.set("config", None)
+        pause = self._renew(lease)
         self._health.set("lease", None)
-        return self._renew(lease)
+        return pause
 
     def _follow_config(self) -> NetworkConfig:
         """The newest valid configuration; the first is read directly, later ones come with the snapshots."""

@@ -1,0 +1,74 @@
+"""What docs/troubleshooting.md says an operator sees, seen: one reason, one log line, and its end another."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from flanneld.lab.hosts import Daemon, Lab
+from flanneld.lab.wait import wait_until
+
+
+def reasons(daemon: Daemon) -> dict[str, str]:
+    """The lines of /readyz by condition; a reason of several lines by its first."""
+    lines = (line[2:].split(": ", 1) for line in daemon.get("/readyz").text.splitlines() if line.startswith("- "))
+    return dict(lines)
+
+
+def events(daemon: Daemon) -> list[dict[str, str]]:
+    return [json.loads(line) for line in daemon.log.read_text().splitlines()]
+
+
+def test_a_node_without_a_configuration_says_what_to_type_and_goes_on(lab: Lab) -> None:
+    lab.etcd.ctl("del", "/coreos.com/network/config")
+    daemon = lab.hosts[0].start_daemon()
+    wait_until(lambda: daemon.running and "config" in reasons(daemon), 15, daemon.why_not)
+    assert "flannelctl config set" in reasons(daemon)["config"]
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlann"}})
+    wait_until(
+        lambda: "'vxlann' is not known here; known: alloc" in reasons(daemon).get("config", ""), 15, daemon.why_not
+    )
+    lab.set_config()
+    daemon.wait_ready(15)
+
+
+def test_a_node_waits_for_the_interface_that_it_was_told_to_use_and_names_those_it_saw(lab: Lab) -> None:
+    host = lab.hosts[0]
+    daemon = host.start_daemon("--iface=eth7")
+    wait_until(lambda: "underlay" in reasons(daemon), 15, daemon.why_not)
+    text = daemon.get("/readyz").text
+    assert "no interface matches --iface=eth7" in text
+    assert "usable with --iface=eth0" in text
+    host.run("ip link set eth0 down")
+    host.run("ip link set eth0 name eth7")
+    host.run("ip link set eth7 up")
+    daemon.wait_ready(15)
+
+
+def test_an_outage_of_etcd_is_a_few_lines_in_the_log_and_its_end_is_told(lab: Lab) -> None:
+    (daemon, *_) = lab.start_daemons()
+    start = len(events(daemon))
+    lab.etcd.stop()
+    wait_until(lambda: {"lease", "store"} <= set(reasons(daemon)), 40, daemon.why_not)
+    told = len(events(daemon))
+    # The keeper tries again and again meanwhile; each try is the same news.
+    errors = daemon.get("/metrics").text
+    wait_until(
+        lambda: errors_by(daemon, "unavailable") >= errors_by_text(errors, "unavailable") + 4, 40, daemon.why_not
+    )
+    assert "lease" in reasons(daemon)
+    lab.etcd.start()
+    daemon.wait_ready(40)
+    seen = Counter((event.get("condition"), event["event"] == "recovered") for event in events(daemon)[start:])
+    assert seen[("lease", True)] == 1
+    assert seen[("lease", False)] <= 2, "the same outage was told again and again"
+    assert len(events(daemon)) - told <= 8
+
+
+def errors_by(daemon: Daemon, cause: str) -> float:
+    return errors_by_text(daemon.get("/metrics").text, cause)
+
+
+def errors_by_text(text: str, cause: str) -> float:
+    wanted = f'flanneld_errors_total{{cause="{cause}"}} '
+    return next((float(line.removeprefix(wanted)) for line in text.splitlines() if line.startswith(wanted)), 0.0)
