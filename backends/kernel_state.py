@@ -244,7 +244,7 @@ class Rule:
     """
 
     chain: Literal["postrouting", "forward"]
-    verdict: Literal["return", "accept", "masquerade"]
+    verdict: Literal["return", "accept", "masquerade", "drop"]
     src: str | None = None
     dst: str | None = None
     mark: str | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from flanneld.desired import Standing
 from flanneld.underlay import View
-from subnet_lease.lease import Lease, LeaseSnapshot
+from subnet_lease.lease import IPNetwork, Lease, LeaseSnapshot
 
 
 class Board:
@@ -18,6 +18,8 @@ class Board:
 
     def __init__(self) -> None:
         self.view: View | None = None
+        self.other_networks: tuple[IPNetwork, ...] = ()
+        """Those of other daemons on this host. Written by the reconciler."""
         self.snapshot: LeaseSnapshot | None = None
         self.standing: Standing | None = None
         self.lease: Lease | None = None

@@ -284,6 +284,7 @@ class LeaseKeeper:
                 forward_rules=self._options.iptables_forward_rules,
                 random_fully=not self._options.ip_masq_fully_random_disable,
                 instance=self._options.instance,
+                others=self._board.other_networks,
             ),
             blackhole=self._options.ip_blackhole_route,
             former_networks=self._former_networks(config),

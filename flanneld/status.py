@@ -19,7 +19,7 @@ import structlog
 
 log = structlog.get_logger("flanneld")
 
-CONDITIONS = ("config", "underlay", "lease", "store", "kernel", "subnet_file")
+CONDITIONS = ("config", "underlay", "lease", "store", "devices", "kernel", "subnet_file")
 """In the order in which they are shown: the first is most often the cause of those after it."""
 
 WAITING = {

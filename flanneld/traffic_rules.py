@@ -42,11 +42,12 @@ def firewalls(
     forward_rules: bool,
     random_fully: bool,
     instance: str = "",
+    others: Iterable[IPNetwork] = (),
 ) -> tuple[Firewall, ...]:
     """The rules of every family for which we hold a subnet; a family that needs none has no Firewall.
 
     ``random_fully`` says whether masquerading may pick source ports at random (``--ip-masq-fully-random-disable``,
-    and what the installed iptables can do).
+    and what the installed iptables can do). ``others`` are the networks of other daemons on this host.
     """
     wanted = []
     for family in FAMILIES:
@@ -57,7 +58,7 @@ def firewalls(
         if ip_masq:
             rules += masquerade_rules(family, network, subnet, _kept_sources(config, family), random_fully)
         if forward_rules:
-            rules += forwarding_rules(network)
+            rules += forwarding_rules(network, others)
         if rules:
             mode = "nftables" if config.enable_nftables else "iptables"
             wanted.append(Firewall(family, mode, tuple(rules), instance))  # type: ignore[arg-type]
@@ -80,9 +81,16 @@ def masquerade_rules(
     ]
 
 
-def forwarding_rules(network: IPNetwork) -> list[Rule]:
-    """Whatever comes from or goes to a pod may be forwarded."""
-    return [Rule("forward", "accept", src=str(network)), Rule("forward", "accept", dst=str(network))]
+def forwarding_rules(network: IPNetwork, others: Iterable[IPNetwork] = ()) -> list[Rule]:
+    """Whatever comes from or goes to a pod may be forwarded, but not between this network and another of the host."""
+    ours = str(network)
+    apart = [str(other) for other in others if other.version == network.version and not other.overlaps(network)]
+    return [
+        *(Rule("forward", "drop", src=ours, dst=other) for other in apart),
+        *(Rule("forward", "drop", src=other, dst=ours) for other in apart),
+        Rule("forward", "accept", src=ours),
+        Rule("forward", "accept", dst=ours),
+    ]
 
 
 def _kept_sources(config: NetworkConfig, family: Family) -> list[IPNetwork]:

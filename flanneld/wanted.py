@@ -14,7 +14,8 @@ import structlog
 from backends.backend import BackendError
 from backends.kernel_state import Change, Observation, Record, RouteLookup
 from flanneld.board import Board
-from flanneld.desired import DesiredState
+from flanneld.desired import DesiredState, Standing
+from flanneld.host_claims import DeviceTaken, HostClaims
 from flanneld.ownership import ownership
 from flanneld.plan import Owned
 from flanneld.reconciler import PassResult, Wanted
@@ -51,6 +52,7 @@ class WantedState:
         self._lookups = lookups
         self._can_reach = can_reach
         self._done = done
+        self._claims = HostClaims()
         self._looked_at = 0.0
         self._desired: DesiredState | None = None
         self._owned: tuple[object, object, Owned] | None = None
@@ -70,14 +72,10 @@ class WantedState:
             return None
         desired, fresh = self._desired, False
         if desired is None or desired.standing is not standing:
-            try:
-                desired, fresh = DesiredState(standing), True
-            except BackendError as error:
-                # What ran before goes on.
-                self._health.set("config", str(error))
-                self._metrics.errors.labels("config_invalid").inc()
-                if desired is None:
-                    return None
+            desired = self._make(standing)
+            if desired is None:
+                return None
+            fresh = desired is not self._desired
         before = {} if fresh else desired.leases
         touched = desired.update(snapshot.leases, time.monotonic())
         if touched or fresh:
@@ -88,6 +86,21 @@ class WantedState:
         changed = None if fresh else frozenset(touched)
         owned = self._ownership(observed, desired)
         return Wanted(desired.state, desired.scope, changed, owned, desired.next_departure)
+
+    def _make(self, standing: Standing) -> DesiredState | None:
+        """The desired state of a new standing; where that cannot be, what ran before goes on."""
+        try:
+            made = DesiredState(standing)
+            self._claims.take(made.scope.devices, made.networks)
+        except BackendError as error:
+            self._health.set("config", str(error))
+            self._metrics.errors.labels("config_invalid").inc()
+            return self._desired
+        except DeviceTaken as error:
+            self._health.set("devices", str(error))
+            return self._desired
+        self._health.set("devices", None)
+        return made
 
     def report(self, result: PassResult) -> None:
         """Turn a pass into log lines, metrics and the kernel condition."""
@@ -134,6 +147,10 @@ class WantedState:
         default = {f: found for f in FAMILIES if (found := self._lookups.default_route(f)) is not None}
         reach = self._lookups.lookup(self._can_reach) if self._can_reach else None
         new = View(observed.interfaces, default, reach)
+        others = self._claims.other_networks()
+        if others != self._board.other_networks:
+            self._board.other_networks = others
+            self._board.wake_keeper()
         if new != view:
             self._board.view = new
             self._board.wake_keeper()

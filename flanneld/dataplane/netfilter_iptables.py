@@ -27,7 +27,7 @@ of a second daemon like us, and what keeps Docker's bridges (none of them ours) 
 Some of them (Calico, kube-router) insist on the first place and would take it back for ever.
 """
 
-_TARGETS: Final = {"return": "RETURN", "accept": "ACCEPT", "masquerade": "MASQUERADE"}
+_TARGETS: Final = {"return": "RETURN", "accept": "ACCEPT", "masquerade": "MASQUERADE", "drop": "DROP"}
 _VERDICTS: Final = {target: verdict for verdict, target in _TARGETS.items()}
 
 

@@ -108,7 +108,7 @@ def parse_rule(expressions: Any, family: Family, chain: Literal["postrouting", "
             continue
         if "verdict" in found:
             return None
-        if what in ("return", "accept"):
+        if what in ("return", "accept", "drop"):
             found["verdict"] = what
         elif what == "masquerade":
             flags = (value or {}).get("flags", [])

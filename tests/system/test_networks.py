@@ -61,31 +61,51 @@ def test_outer_packets_leave_by_the_chosen_interface_and_address(make_lab: MakeL
 
 
 @pytest.mark.field_problem(44)
-def test_two_networks_on_one_host_pass_traffic_and_never_meet(make_lab: MakeLab) -> None:
+@pytest.mark.parametrize(("kind", "nftables"), [("vxlan", False), ("host-gw", True)])
+def test_two_networks_on_one_host_pass_traffic_and_never_meet(make_lab: MakeLab, kind: str, nftables: bool) -> None:
     lab = make_lab(2)
-    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": 1}})
-    lab.set_config({"Network": "10.6.0.0/16", "Backend": {"Type": "vxlan", "VNI": 2}}, prefix="/blue")
+    common = {"EnableNFTables": nftables, "Backend": {"Type": kind}}
+    lab.set_config({**common, "Network": "10.5.0.0/16"})
+    lab.set_config({**common, "Network": "10.6.0.0/16", "Backend": {"Type": kind, "VNI": 2}}, prefix="/blue")
     reds = [host.start_daemon("--ip-masq") for host in lab.hosts]
     blues = [host.start_daemon("--ip-masq", "--etcd-prefix=/blue", instance="blue") for host in lab.hosts]
     for daemon in (*reds, *blues):
         daemon.wait_ready()
-    lab.wait_peers(device="flannel.1")
-    lab.wait_peers(device="flannel.2")
     red = [host.container("r", daemon=daemon) for host, daemon in zip(lab.hosts, reds, strict=True)]
     blue = [host.container("b", daemon=daemon, bridge="cni1") for host, daemon in zip(lab.hosts, blues, strict=True)]
     wait_until(lambda: red[0].ping(red[1]).ok and blue[0].ping(blue[1]).ok, 10, "traffic in both")
+    for here in (*red, *blue):
+        for there in blue if here in red else red:
+            wait_until(lambda a=here, b=there: not a.ping(b).ok, 20, f"no way from {here.name} to {there.name}")
+    assert red[0].ping(red[1]).ok and blue[0].ping(blue[1]).ok
     before = lab.hosts[0].run("ip route")
     # One goes, restarts, loses its device: the other does not notice.
-    lab.hosts[0].run("ip link del flannel.2")
+    lab.hosts[0].run("ip link del flannel.2" if kind == "vxlan" else "ip route flush proto 241")
     wait_until(lambda: blue[0].ping(blue[1]).ok, 10, "blue again")
     blues[0].restart()
     blues[0].wait_ready()
     assert sorted(lab.hosts[0].run("ip route").splitlines()) == sorted(before.splitlines())
     assert red[0].ping(red[1]).ok
-    rules = lab.hosts[0].run("iptables-save")
-    assert "FLANNEL-FWD " in rules and "blue" in rules
-    # What crosses the underlay never changes its VNI: a packet for the other network is no packet of this one.
-    assert "flannel.2" not in lab.hosts[0].run(f"ip route get {red[1].address}")
+    assert not red[0].ping(blue[1]).ok
+    assert all(daemon.get("/status").json()["warnings"] == [] for daemon in (*reds, *blues))
+
+
+@pytest.mark.field_problem(44)
+@pytest.mark.parametrize("kind", ["vxlan", "udp"])
+def test_two_networks_cannot_share_a_device_and_the_second_is_told(make_lab: MakeLab, kind: str) -> None:
+    lab = make_lab(1)
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": kind}})
+    lab.set_config({"Network": "10.6.0.0/16", "Backend": {"Type": kind}}, prefix="/blue")
+    host = lab.hosts[0]
+    red = host.start_daemon(wait=True)
+    before = host.run("ip addr show")
+    blue = host.start_daemon("--etcd-prefix=/blue", instance="blue")
+    wait_until(lambda: f"process {red.process.pid}" in blue.get("/readyz").text, 15, "the reason")
+    assert host.run("ip addr show") == before
+    assert red.ready and not blue.ready and blue.running
+    assert not blue.subnet_file.exists()
+    red.stop()
+    blue.wait_ready()
 
 
 @pytest.mark.field_problem(12)

@@ -235,7 +235,7 @@ def test_a_missing_br_netfilter_is_named(tmp_path, monkeypatch):
 
 
 def test_rule_without_an_equal_in_nft_is_none():
-    assert nft.parse_rule([{"drop": None}], 4, "forward") is None
+    assert nft.parse_rule([{"reject": None}], 4, "forward") is None
     assert nft.parse_rule([{"accept": None}, {"accept": None}], 4, "forward") is None
     assert nft.parse_rule([{"counter": {"packets": 1, "bytes": 2}}, {"accept": None}], 4, "forward") == Rule(
         "forward", "accept"

@@ -105,6 +105,17 @@ def test_everywhere_is_no_condition():
     assert verdict(v4, "postrouting", "10.244.1.2", "198.51.100.2") == "return"
 
 
+@pytest.mark.field_problem(44)
+def test_another_network_of_the_host_is_kept_apart():
+    others = (IPv4Network("10.6.0.0/16"), IPv4Network("10.244.128.0/17"), IPv6Network("fd06::/48"))
+    v4, v6 = firewalls(CONFIG, SUBNETS, ip_masq=True, forward_rules=True, random_fully=True, others=others)
+    assert verdict(v4, "forward", "10.244.1.2", "10.6.1.2") == "drop"
+    assert verdict(v4, "forward", "10.6.1.2", "10.244.1.2") == "drop"
+    assert verdict(v4, "forward", "10.244.1.2", "10.244.2.2") == "accept"
+    assert verdict(v4, "forward", "10.244.1.2", "10.244.128.2") == "accept", "an overlap is nobody's border"
+    assert verdict(v6, "forward", "fd06::2", "fd00:244:0:1::2") == "drop"
+
+
 def test_nothing_wanted_is_no_firewall():
     assert wanted(ip_masq=False, forward_rules=False) == ()
     assert wanted(subnets={}) == ()
