@@ -204,6 +204,17 @@ def test_another_address_or_port_is_taken_without_a_new_worker(joined: tuple[Nod
     wait_until(lambda: ping(a.namespace, "10.5.2.0").ok, 10, "a ping over the new port")
 
 
+def test_an_underlay_of_another_name_is_taken_without_a_new_worker(joined: tuple[Node, Node]) -> None:
+    a, b = joined
+    worker, desired = a.worker(), a.desired(b.lease)
+    a.namespace.run("ip -batch -", stdin="link set eth0 down\nlink set eth0 name lan0\nlink set lan0 up")
+    link = next(record for record in desired.values() if isinstance(record, Link))
+    assert isinstance(link.settings, Tun)
+    a.converge({**desired, link.key: replace(link, settings=replace(link.settings, underlay="lan0"))})
+    assert a.worker() == worker
+    wait_until(lambda: ping(a.namespace, "10.5.2.0").ok, 20, "a ping by lan0")
+
+
 def test_a_port_in_use_is_named_and_nothing_is_lost(joined: tuple[Node, Node]) -> None:
     import socket
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
 from flanneld.lab.hosts import Host, Lab
 from flanneld.lab.wait import wait_until
+from tests.system.test_backends import needs_wireguard
 
 SOON = 5.0
 LATER = 10.0
@@ -69,12 +71,27 @@ def test_the_underlays_address_is_followed_and_the_subnet_kept(running: Lab) -> 
 
 def test_another_interface_takes_over(running: Lab) -> None:
     """eth0 goes for good; its address comes back on an interface of another name."""
-    host = running.hosts[0]
+    take_over(running)
+
+
+@pytest.mark.parametrize("backend", ["host-gw", "udp", pytest.param("wireguard", marks=needs_wireguard)])
+def test_another_interface_takes_over_whatever_the_backend(make_lab: Callable[..., Lab], backend: str) -> None:
+    lab = make_lab(2)
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": backend}})
+    lab.start_daemons()
+    for host in lab.hosts:
+        host.container("c")
+    wait_until(lambda: pings(lab), LATER, "pings")
+    take_over(lab)
+
+
+def take_over(lab: Lab) -> None:
+    host = lab.hosts[0]
     host.run("ip link set eth0 down")
     host.run("ip link set eth0 name lan0")
     host.run("ip link set lan0 up")
     host.run("ip route replace default via 172.30.0.1")
-    wait_until(lambda: pings(running), LATER, "pings over the renamed interface")
+    wait_until(lambda: pings(lab), LATER, "pings over the renamed interface")
     wait_until(lambda: host.daemon.ready, LATER, "ready")
     assert host.daemon.get("/status").json()["interface"] == "lan0"
 

@@ -140,6 +140,14 @@ def pin_interface(udp: socket.socket, underlay: str) -> None:
     udp.setsockopt(socket.IPPROTO_IP, IP_UNICAST_IF, struct.pack("!I", index))
 
 
+def repin(udp: socket.socket, underlay: str) -> None:
+    """``pin_interface`` for a socket in use; DeviceError, and all stays as it is, where there is no such interface."""
+    try:
+        pin_interface(udp, underlay)
+    except OSError as error:
+        raise DeviceError(f"cannot send by {underlay}: {error.strerror}") from error
+
+
 def grant_socket(udp: socket.socket, wanted: bool) -> tuple[bool, bool]:
     """Ask for UDP_SEGMENT and UDP_GRO, as granted."""
     granted = []

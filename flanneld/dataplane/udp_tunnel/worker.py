@@ -50,6 +50,9 @@ DROPS: Final = (
 )
 
 
+LOOK_OUT = 0.0003
+
+
 class DeviceGone(Exception):
     """Somebody deleted the TUN device."""
 
@@ -104,15 +107,18 @@ class Tunnel:
 
     def run(self) -> None:
         """Carry packets until a ``stop`` command. DeviceGone when the device is deleted."""
-        poll, tun = self._epoll.poll, self.tun
+        poll, tun, clock, hot_until = self._epoll.poll, self.tun, time.monotonic, 0.0
         while self._running:
-            for descriptor, events in poll(-1, 8):
+            # After a packet, look out for its answer without sleeping: waking up costs more than carrying it.
+            ready = poll(0, 8) or (poll(-1, 8) if clock() > hot_until else ())
+            for descriptor, events in ready:
                 if descriptor == tun:
                     self._drain_tun(events)
                 elif descriptor == self._udp_fd:
                     self._drain_udp()
                 else:
                     self._serve(descriptor)
+                hot_until = clock() + LOOK_OUT
         if self._remove_device:
             device.remove_tun(self.tun)
         self._listener.close()
@@ -471,8 +477,10 @@ class Tunnel:
 
     def _configure(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Take other settings without letting go of the device. On failure the old ones stay."""
-        same = all(settings[key] == self.settings[key] for key in ("local", "port", "underlay"))
-        if not same:
+        if all(settings[key] == self.settings[key] for key in ("local", "port")):
+            # Also when only the interface has another name now: a second socket could not have the same port.
+            device.repin(self.udp, settings["underlay"])
+        else:
             fresh = self._bind(settings)
             device.grant_socket(fresh, self._want_offloads)
             self._epoll.unregister(self.udp.fileno())
