@@ -50,9 +50,6 @@ DROPS: Final = (
 )
 
 
-LOOK_OUT = 0.0003
-
-
 class DeviceGone(Exception):
     """Somebody deleted the TUN device."""
 
@@ -107,18 +104,15 @@ class Tunnel:
 
     def run(self) -> None:
         """Carry packets until a ``stop`` command. DeviceGone when the device is deleted."""
-        poll, tun, clock, hot_until = self._epoll.poll, self.tun, time.monotonic, 0.0
+        poll, tun = self._epoll.poll, self.tun
         while self._running:
-            # After a packet, look out for its answer without sleeping: waking up costs more than carrying it.
-            ready = poll(0, 8) or (poll(-1, 8) if clock() > hot_until else ())
-            for descriptor, events in ready:
+            for descriptor, events in poll(-1, 8):
                 if descriptor == tun:
                     self._drain_tun(events)
                 elif descriptor == self._udp_fd:
                     self._drain_udp()
                 else:
                     self._serve(descriptor)
-                hot_until = clock() + LOOK_OUT
         if self._remove_device:
             device.remove_tun(self.tun)
         self._listener.close()
