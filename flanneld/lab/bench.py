@@ -72,9 +72,11 @@ FLANNEL = {
 
 def scale() -> str:
     result = bench_scale.measure()
-    rows = "".join(f"|{what}|{value}|{FLANNEL.get(what, '')}|\n" for what, value in result.rows())
+    rows = "".join(
+        f"|{what}|{value}|{FLANNEL.get(what, '')}|\n" for what, value in [*result.rows(), *bench_scale.host_gw()]
+    )
     return (
-        f"## The daemon at {result.peers} peers\n\nOne host, a real etcd, vxlan. The last column is flannel v0.20.2 on a"
+        f"## The daemon at {result.peers} peers\n\nOne host, a real etcd, vxlan except where it says host-gw. The last column is flannel v0.20.2 on a"
         f" machine of the same kind, measured on another day.\n\n|what|flanneld|flannel|\n|-|-|-|\n{rows}"
     )
 
@@ -95,7 +97,7 @@ def throughput() -> str:
     manual = next(row for row in hosts if row.what.startswith("VXLAN device"))
     return (
         "## Throughput and round trips\n\nHost to host, beside a VXLAN device made by hand with ip(8) on the same hosts."
-        " Medians of rounds taken in turns; the round trip is the mean of 200 pings.\n\n"
+        " Medians of rounds taken in turns; the round trip is the mean of 200 pings. Single rounds of one path differ by half\non a shared machine.\n\n"
         + _table(hosts, manual)
         + "\nContainer to container through each backend, beside the plain underlay of the same run. Containers add a"
         " bridge and a veth at each end.\n\n"
