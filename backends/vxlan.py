@@ -38,6 +38,9 @@ from subnet_lease.lease import Family, Lease
 OVERHEAD: Final[Mapping[Family, int]] = {4: 50, 6: 70}
 """Bytes that encapsulation adds: inner Ethernet 14, VXLAN 8, UDP 8, and an outer IPv4 (20) or IPv6 (40) header."""
 
+MINIMUM_MTU: Final[Mapping[Family, int]] = {4: 68, 6: 1280}
+"""Bytes that every link must carry (RFC 791, RFC 8200)."""
+
 KERNEL_PORT: Final = 8472
 """What the kernel uses when no port is given (drivers/net/vxlan: vxlan_port), and so what flannel uses on Linux."""
 
@@ -76,7 +79,14 @@ class Vxlan:
 
     def mtu(self, underlay: Underlay, families: tuple[Family, ...]) -> int:
         overhead = max((OVERHEAD[family] for family in families), default=OVERHEAD[4])
-        return (self.options.MTU or underlay.mtu) - overhead
+        base = self.options.MTU or underlay.mtu
+        smallest = max((MINIMUM_MTU[family] for family in families), default=MINIMUM_MTU[4])
+        if base - overhead < smallest:
+            raise BackendError(
+                f"an MTU of {base} leaves {base - overhead} inside VXLAN, less than the {smallest} that "
+                f"IPv{max(families)} needs; raise the MTU of {underlay.name} or of the backend to {smallest + overhead}"
+            )
+        return base - overhead
 
     def published(self, host: Host) -> Published:
         # flanneld finds its own MAC by splitting this text, so the keys stand in this order and no other joins them.

@@ -31,10 +31,12 @@ class Board:
         self.exit_code = 0
         self.wake_keeper: Callable[[], None] = lambda: None
         self.wake_reconciler: Callable[[], None] = lambda: None
+        self.wake_main: Callable[[], None] = lambda: None
 
     def stop(self, exit_code: int = 0) -> None:
         """End the daemon; the network stays as it is."""
         self.exit_code = self.exit_code or exit_code
         self.stopping.set()
+        self.wake_main()
         self.wake_keeper()
         self.wake_reconciler()

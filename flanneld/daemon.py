@@ -7,10 +7,12 @@ lease), *http*, and the main thread, which waits for signals and feeds systemd's
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -23,6 +25,7 @@ from flanneld.dataplane.assemble import make_dataplane
 from flanneld.dataplane.dataplane import Dataplane
 from flanneld.dataplane.host_check import host_warnings
 from flanneld.dataplane.netfilter import Netfilter
+from flanneld.desired import Standing
 from flanneld.http import Answer, HealthServer, as_json, text
 from flanneld.lease_keeper import LeaseKeeper
 from flanneld.notify import notify, watchdog_interval
@@ -71,17 +74,24 @@ class Daemon:
         self.wanted: WantedState | None = None
         self.reconciler: Reconciler | None = None
         self.dataplane: Dataplane | None = None
-        self._ready_told = False
         self._netfilter: Netfilter | None = None
         self._next_host_check = 0.0
         self._server: HealthServer | None = None
+        self._signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self.metrics.collect_from(self._live_metrics)
 
     def run(self) -> int:
         """Serve until a signal or a fault that nothing can heal."""
         self._install_signals()
         if self.options.healthz_port:
-            self._server = self._serve()
+            try:
+                self._server = self._serve()
+            except OSError as error:
+                log.error(
+                    f"cannot listen on --healthz-ip={self.options.healthz_ip} --healthz-port="
+                    f"{self.options.healthz_port}: {error.strerror}; choose another address or port"
+                )
+                return 1
         bodies = {"reconciler": self._reconcile, "watcher": self._watch, "keeper": self.keeper.run}
         if self.options.kube_subnet_mgr and self.options.set_node_network_unavailable:
             bodies["reporter"] = self._report
@@ -142,10 +152,13 @@ class Daemon:
                 return
 
     def _wait(self) -> None:
-        """The main thread's life: watchdog, and the store's condition once a second."""
+        """The main thread's life: signals, the watchdog, and the store's condition once a second."""
         interval = watchdog_interval()
+        pause = 1.0 if interval is None else min(1.0, interval)
         next_sign = 0.0
-        while not self.board.stopping.wait(1.0):
+        while not self.board.stopping.is_set():
+            with suppress(queue.Empty):
+                self._on_signal(self._signals.get(timeout=pause))
             self._judge_store()
             now = time.monotonic()
             if interval is not None and now >= next_sign and self._alive():
@@ -157,7 +170,7 @@ class Daemon:
     def _judge_store(self) -> None:
         status = self.store.status
         if status.last_error is not None:
-            self.health.set("store", status.last_error)
+            self.health.set("store", status.last_error, quiet=True)  # the store has logged it
         elif self._watch_age() > WATCH_STALL:
             self.health.set("store", f"no sign of life from the store for {WATCH_STALL:.0f} s")
         else:
@@ -170,21 +183,17 @@ class Daemon:
     def _alive(self) -> bool:
         return time.monotonic() - self.health.beat < LOOP_STALL
 
-    def _data_path_stands(self) -> None:
-        """After each pass that left nothing to do: tell CNI, Docker and systemd (from the reconciler's thread)."""
-        self.outputs.data_path_stands()
-        self._look_for_obstacles()
-        if not self._ready_told and self.health.ready:
-            self._ready_told = True
-            self._health_changed()
+    def _data_path_stands(self, standing: Standing) -> None:
+        """After each pass that left nothing to do: tell CNI and Docker (from the reconciler's thread)."""
+        self.outputs.data_path_stands(standing)
+        self._look_for_obstacles(standing)
 
-    def _look_for_obstacles(self) -> None:
+    def _look_for_obstacles(self, standing: Standing) -> None:
         """What may keep packets from flowing although all that we want stands."""
-        standing = self.board.standing
         if self._netfilter is not None:
             self.health.warn("firewall", self._netfilter.blocking)
         now = time.monotonic()
-        if standing is not None and now >= self._next_host_check:
+        if now >= self._next_host_check:
             self._next_host_check = now + HOST_CHECK_INTERVAL
             iptables = any(wanted.mode == "iptables" for wanted in standing.firewalls)
             self.health.warn("host", host_warnings(standing.host.families, iptables=iptables))
@@ -276,23 +285,31 @@ class Daemon:
         if standing is not None and standing.backend.name == "udp":
             from flanneld.dataplane.udp import UdpHandler
 
-            yield labelled_counter("udp_tunnel", "What the udp tunnel carried and dropped", "what", UdpHandler.counters())
+            yield labelled_counter(
+                "udp_tunnel", "What the udp tunnel carried and dropped", "what", UdpHandler.counters()
+            )
 
     # signals
 
     def _install_signals(self) -> None:
-        def stop(*_: object) -> None:
-            if self.board.stopping.is_set():
+        def note(number: int, _: object) -> None:
+            # A handler runs in the midst of anything, perhaps inside a lock that it would want itself; a SimpleQueue
+            # is the one thing that it may touch.
+            if self.board.stopping.is_set() and number != signal.SIGHUP:
                 os._exit(0)
-            self.board.stop()
+            self._signals.put(number)
 
-        def reload(*_: object) -> None:
+        self.board.wake_main = lambda: self._signals.put(None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, note)
+
+    def _on_signal(self, number: int | None) -> None:
+        if number == signal.SIGHUP:
+            log.info("reading everything again (SIGHUP)")
             self.board.reload = True
             self.board.wake_keeper()
-
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGHUP, reload)
+        elif number is not None:
+            self.board.stop()
 
 
 def run(options: Options) -> int:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
+import socketserver
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import structlog
+
+log = structlog.get_logger("flanneld")
 
 Answer = tuple[int, str, bytes]
 Route = Callable[[], Answer]
@@ -25,6 +31,17 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     # A restarted daemon takes its port back at once.
     allow_reuse_address = True
+
+    def server_bind(self) -> None:
+        """As the grandparent does it: HTTPServer asks DNS for our own name, which takes long while DNS is away."""
+        socketserver.TCPServer.server_bind(self)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class calls it
+        """A prober that hangs up is no event; a mistake of ours is, but in one line, as everything in the log."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            return
+        log.error("an HTTP request could not be answered", error=repr(error))
 
 
 class HealthServer:
@@ -49,9 +66,8 @@ class HealthServer:
             def log_message(self, format: str, *args: Any) -> None:
                 """Probes are no events."""
 
-        if ":" in address:
-            _Server.address_family = socket.AF_INET6
-        self._server = _Server((address, port), Handler)
+        server = type("_Server6", (_Server,), {"address_family": socket.AF_INET6}) if ":" in address else _Server
+        self._server = server((address, port), Handler)
         threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
 
     def close(self) -> None:

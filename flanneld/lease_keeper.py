@@ -24,7 +24,7 @@ from flanneld.desired import Standing
 from flanneld.facts import find_facts
 from flanneld.identity import node_identity
 from flanneld.options import Options
-from flanneld.status import Health
+from flanneld.status import WAITING, Health
 from flanneld.traffic_rules import firewalls
 from flanneld.underlay import Choice, UnderlayError, View, choose_underlay
 from subnet_lease import subnet_file
@@ -38,6 +38,7 @@ from subnet_lease.store import (
     LeaseStore,
     NodeHints,
     StoreError,
+    StoreUnavailable,
     SubnetTaken,
 )
 
@@ -108,14 +109,12 @@ class LeaseKeeper:
             return self._step(), False
         except (ConfigInvalid, ConfigMissing, BackendError) as error:
             self._fail("config", "config_invalid" if isinstance(error, BackendError) else error.cause, error)
+            self._hold_on()
         except UnderlayError as error:
             self._fail("underlay", "underlay", error)
+            self._hold_on()
         except StoreError as error:
-            if isinstance(error, SubnetTaken):
-                self._board.refuse = str(error)
-            self._fail("lease", error.cause, error)
-            if not error.transient and self._board.standing is None:
-                self._board.stop(1)
+            self._fail_lease(error)
         except Exception:
             # The thread that holds the lease must outlive what nobody thought of.
             log.exception("unexpected error while keeping the lease; trying again")
@@ -124,8 +123,31 @@ class LeaseKeeper:
         return 0.0, True
 
     def _fail(self, condition: str, cause: str, error: Exception) -> None:
-        self._health.set(condition, str(error))
+        text = str(error)
+        # What follows the first line of an underlay error is the list of interfaces, which come and go; what a store
+        # that is away answers changes from try to try.
+        fault = cause if isinstance(error, StoreUnavailable) else text.partition("\n")[0]
+        self._health.set(condition, text, fault=fault)
         self._count_error(cause)
+
+    def _fail_lease(self, error: StoreError) -> None:
+        if isinstance(error, SubnetTaken):
+            self._board.refuse = str(error)
+        self._fail("lease", error.cause, error)
+        if not error.transient and self._board.standing is None:
+            self._board.stop(1)
+
+    def _hold_on(self) -> None:
+        """Keep the lease that we have although its configuration or interface is wrong: the old data path needs it."""
+        lease = self._board.lease
+        if lease is None:
+            # The store answers now, whatever it did before.
+            self._health.set("lease", WAITING["lease"])
+        elif not self._lost:
+            try:
+                self._renew(lease)
+            except StoreError as error:
+                self._fail_lease(error)
 
     def _step(self) -> float:
         view = self._board.view
@@ -138,6 +160,8 @@ class LeaseKeeper:
         underlay = self._choose_underlay(view, config)
         self._health.set("underlay", None)
         backend = self._follow_backend(config)
+        # Raises where nothing would fit into the underlay's packets.
+        backend.mtu(underlay, tuple(f for f in FAMILIES if config.network_of(f) is not None))
         identity = node_identity(self._options.node_name, view.interfaces, underlay)
         lease = self._board.lease
         if lease is None:

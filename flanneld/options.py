@@ -172,6 +172,8 @@ class Options:
         shown = {f.attribute: getattr(self, f.attribute) for f in FLAGS}
         if shown["etcd_password"]:
             shown["etcd_password"] = "(hidden)"
+        for name in ("etcd_endpoints", "kube_api_url"):
+            shown[name] = re.sub(r"[^/,]*@", "(hidden)@", shown[name])
         return {f.attribute: shown[f.attribute] for f in FLAGS if shown[f.attribute] != f.default}
 
 
@@ -279,6 +281,11 @@ def _check(options: Options) -> None:
         raise UsageError(f"--iptables-resync={options.iptables_resync}: must be at least 1 second")
     if options.resync < 1:
         raise UsageError(f"--resync={options.resync}: must be at least 1 second")
+    if options.healthz_ip not in {"", "localhost"}:
+        try:
+            ipaddress.ip_address(options.healthz_ip)
+        except ValueError:
+            raise UsageError(f"--healthz-ip={options.healthz_ip}: not an IP address") from None
     if not 0 <= options.healthz_port <= 65535:
         raise UsageError(f"--healthz-port={options.healthz_port}: not a port")
     if options.log_format not in {"auto", "console", "json"}:

@@ -32,19 +32,21 @@ class Outputs:
         self._written: Standing | None = None
         self._lock = threading.Lock()
 
-    def data_path_stands(self) -> None:
+    def data_path_stands(self, standing: Standing) -> None:
         """Write subnet.env, once the kernel has what it promises (from the reconciler's thread)."""
-        standing = self._board.standing
-        if standing is None or standing is self._written:
+        if standing is self._written:
             return
+        wrote = False
         try:
             subnet_file.write(self._subnet_file, subnet_env(standing, self._options.ip_masq))
+            wrote = True
             if self._options.cni_conf:
                 from flanneld.ctl.cni_conf import write_conflist
 
                 write_conflist(Path(self._options.cni_conf), self._subnet_file)
         except OSError as error:
-            self._health.set("subnet_file", f"cannot write {error.filename or self._subnet_file}: {error.strerror}")
+            where = f"--cni-conf={self._options.cni_conf}" if wrote else f"--subnet-file={self._subnet_file}"
+            self._health.set("subnet_file", f"cannot write {where}: {error.strerror}; mend that, or choose another")
             return
         except ValueError as error:
             self._health.set("subnet_file", f"cannot write --cni-conf={self._options.cni_conf}: {error}")

@@ -35,13 +35,18 @@ class Health:
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = dict(WAITING)
         self._started = time.monotonic()
+        self._told: dict[str, str] = {}
         self._warnings: dict[str, tuple[str, ...]] = {}
         self.on_change = on_change
         self.beat = time.monotonic()
         """time.monotonic() of the reconciler's last turn: proof that the loop lives."""
 
-    def set(self, condition: str, reason: str | None, *, level: str = "error", **details: Any) -> None:
-        """Record the state of a condition; None means that all is well."""
+    def set(self, condition: str, reason: str | None, *, fault: str = "", quiet: bool = False) -> None:
+        """Record the state of a condition; None means that all is well.
+
+        ``fault`` is for a reason whose text varies while it lasts (an error with the system's last word in it): it is
+        logged again only when the fault is another one. ``quiet``: somebody else logs it.
+        """
         with self._lock:
             before = self._reasons.get(condition)
             if before == reason:
@@ -50,9 +55,14 @@ class Health:
                 del self._reasons[condition]
             else:
                 self._reasons[condition] = reason
-        if reason is not None:
-            getattr(log, level)(reason, condition=condition, **details)
-        elif before != WAITING.get(condition):
+            waiting = reason is not None and reason == WAITING.get(condition)
+            told = self._told.pop(condition, None)
+            if reason is not None and not waiting and not quiet:
+                self._told[condition] = fault or reason
+            news = self._told.get(condition) != told
+        if news and condition in self._told:
+            log.error(reason, condition=condition)
+        elif news and reason is None:
             log.info("recovered", condition=condition, was=before)
         self.on_change()
 

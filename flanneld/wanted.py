@@ -44,7 +44,13 @@ class WantedState:
     """Answers the reconciler from what the board shows."""
 
     def __init__(
-        self, board: Board, health: Health, metrics: Metrics, lookups: Lookups, can_reach: str, done: Callable[[], None]
+        self,
+        board: Board,
+        health: Health,
+        metrics: Metrics,
+        lookups: Lookups,
+        can_reach: str,
+        done: Callable[[Standing], None],
     ) -> None:
         self._board = board
         self._health = health
@@ -134,8 +140,10 @@ class WantedState:
             more = len(result.failures) + result.skipped - 1
             self._health.set("kernel", first if more == 0 else f"{first} (and {more} more)")
         elif result.complete:
+            # subnet.env first: whoever waits for ready reads it next.
+            assert self._desired is not None
+            self._done(self._desired.standing)
             self._health.set("kernel", None)
-            self._done()
 
     def _show_view(self, observed: Observation) -> None:
         now = time.monotonic()

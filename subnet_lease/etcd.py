@@ -30,6 +30,7 @@ from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, subnet_key
 from subnet_lease.lease_wire import encode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import (
+    ConfigInvalid,
     ConfigMissing,
     LeaseLost,
     LeaseRequest,
@@ -109,7 +110,10 @@ class EtcdStore:
             raise ConfigMissing(
                 f"""no network configuration at {key}; write one: flannelctl config set '{{"Network":"10.5.0.0/16"}}'"""
             )
-        return validate_for_allocation(parse_network_config(answer.kvs[0].value.decode("utf-8", "replace")))
+        try:
+            return validate_for_allocation(parse_network_config(answer.kvs[0].value.decode("utf-8", "replace")))
+        except ConfigInvalid as error:
+            raise ConfigInvalid(f"{error}; correct it at {key} (flannelctl config set)") from None
 
     def hints(self) -> NodeHints:
         return NodeHints()

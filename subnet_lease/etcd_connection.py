@@ -57,6 +57,11 @@ _SWITCH: Final = (exceptions.ConnectionFailedError, exceptions.ConnectionTimeout
 
 def parse_endpoint(text: str) -> tuple[bool, str, int]:
     """Secure or not, host, port of ``http(s)://host:port``; SetupError says what is wrong."""
+    if "@" in text:  # never shown: what stands before it is a password
+        raise SetupError(
+            f"etcd endpoint at {text.rpartition('@')[2]!r}: name and password do not belong into it; "
+            "use --etcd-username and --etcd-password"
+        )
     parts = _ENDPOINT.fullmatch(text.strip())
     port = int(parts[3] or 2379) if parts else 0
     if parts is None or not 0 < port < 65536:

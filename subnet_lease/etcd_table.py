@@ -18,7 +18,7 @@ from subnet_lease import allocation
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import decode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
-from subnet_lease.store import StoreError
+from subnet_lease.store import ConfigMissing, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -75,12 +75,15 @@ class EtcdStatus:
         self.last_contact = time.monotonic()
         if self.last_error is not None:
             self.last_error = None
-            log.info("the watch on etcd works again")
+            if self._cause != ConfigMissing.cause:
+                log.info("the watch on etcd works again")
 
     def failed(self, error: StoreError) -> None:
         """Count a failure of the watch; tell it once, until it is another one or heals."""
         self.counts[error.cause] += 1
-        if self.last_error is None or error.cause != self._cause:
+        # What is wrong with the configuration, the one who reads it to claim a lease tells.
+        news = self.last_error is None or error.cause != self._cause
+        if news and not isinstance(error, ConfigMissing):
             log.warning("the watch on etcd fails; the last known leases stay in use", error=str(error))
         self.last_error, self._cause = str(error), error.cause
 
@@ -242,8 +245,8 @@ class SnapshotTable:
             config = validate_for_allocation(parse_network_config(text.decode("utf-8", "replace")))
         except StoreError as error:
             self._status.counts[error.cause] += 1
-            stay = "the last good one stays in use" if self.config else "waiting for a usable one"
-            log.error(f"unusable network configuration in etcd; {stay}", error=str(error))
+            if self.config is not None:  # else there is nobody to serve yet, and who asked for it is told
+                log.error("unusable network configuration in etcd; the last good one stays in use", error=str(error))
             return False
         changed = config != self.config
         self.config = config

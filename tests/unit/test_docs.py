@@ -100,7 +100,7 @@ def test_every_metric_of_a_scrape_is_documented_and_no_other(daemon: Daemon) -> 
             found.add(family.name + ("_total" if family.type == "counter" else ""))
     # Some appear only once there is something to tell.
     source = (ROOT / "flanneld" / "daemon.py").read_text()
-    late = re.findall(r'(gauge|labelled_counter)\("([a-z_]+)"', source)
+    late = re.findall(r'(gauge|labelled_counter)\(\s*"([a-z_]+)"', source)
     assert len(late) > 3, "the search finds nothing any more"
     found |= {f"flanneld_{name}{'_total' if kind == 'labelled_counter' else ''}" for kind, name in late}
     shown = first_column(section(CONFIGURATION.read_text(), "## Metrics"))

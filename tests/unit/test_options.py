@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flanneld.options import FLAGS, parse
+from subnet_lease.etcd_connection import parse_endpoint
+from subnet_lease.store import SetupError
 
 
 def options(*argv, **env):
@@ -100,3 +102,23 @@ def test_a_second_daemon_has_a_name_of_its_own():
     assert options("--subnet-file=/run/flannel/subnet.env").instance == ""
     assert options("--subnet-file=/run/blue/subnet.env").instance == "blue"
     assert options("--subnet-file=/run/flannel/green.env").instance == "green"
+
+
+def test_a_password_in_an_endpoint_is_neither_logged_nor_shown() -> None:
+    options, _ = parse(["--etcd-endpoints=http://10.0.0.1:2379,http://root:sekret@10.0.0.2:2379"], {})
+    shown = str(options.redacted())
+    assert "sekret" not in shown
+    assert "10.0.0.2:2379" in shown
+    with pytest.raises(SetupError) as refused:
+        parse_endpoint("http://root:sekret@10.0.0.2:2379")
+    assert "sekret" not in str(refused.value)
+    assert "--etcd-password" in str(refused.value)
+
+
+def test_an_address_to_listen_on_is_no_name_that_dns_would_have_to_know(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--healthz-ip=nonsense"], {})
+    assert end.value.code == 2
+    assert "--healthz-ip=nonsense: not an IP address" in capsys.readouterr().err
+    for good in ("127.0.0.1", "::", "", "localhost"):
+        parse([f"--healthz-ip={good}"], {})
