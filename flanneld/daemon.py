@@ -21,7 +21,7 @@ from prometheus_client.core import Metric
 
 from cni.daemon_status import hold_lock
 from flanneld.board import Board
-from flanneld.dataplane.assemble import make_dataplane
+from flanneld.dataplane.assemble import make_dataplane, prepare_for_first_start
 from flanneld.dataplane.dataplane import Dataplane
 from flanneld.dataplane.host_check import host_warnings
 from flanneld.dataplane.netfilter import Netfilter
@@ -124,6 +124,7 @@ class Daemon:
     def _reconcile(self) -> None:
         self._netfilter = Netfilter()
         dataplane = self.dataplane = make_dataplane(hooks_file(self.options.subnet_file), self._netfilter)
+        prepare_for_first_start(dataplane)
         try:
             self.wanted = WantedState(
                 self.board, self.health, self.metrics, dataplane, self.options.iface_can_reach, self._data_path_stands

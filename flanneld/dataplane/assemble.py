@@ -6,6 +6,7 @@ is counted.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from backends.kernel_state import (
     UdpPeer,
     Wireguard,
     WireguardPeer,
+    is_flannel_device,
 )
+from flanneld.dataplane import rare
 from flanneld.dataplane.dataplane import Dataplane
 from flanneld.dataplane.handler import Handler
 from flanneld.dataplane.netfilter import Netfilter
@@ -82,6 +85,12 @@ def make_dataplane(hooks_file: Path | None = None, netfilter: Netfilter | None =
             hooks.made = _hooks(remembered)
         handlers.append(hooks)
     return Dataplane(handlers)
+
+
+def prepare_for_first_start(dataplane: Dataplane) -> None:
+    """Where no device of flannel's stands, one will be made: load what that takes while the store is being asked."""
+    if not any(is_flannel_device(interface.name) for interface in dataplane.observe(Scope()).interfaces):
+        threading.Thread(target=rare.prepare, name="prepare", daemon=True).start()
 
 
 def _asks_wireguard(record: Record) -> bool:

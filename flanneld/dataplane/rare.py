@@ -19,6 +19,12 @@ IFF_UP: Final = 0x1
 IFA_F_NODAD: Final = 0x02
 
 
+def prepare() -> None:
+    """Import pyroute2 now (0.2 s), so that the first message does not wait for it."""
+    import pyroute2.netlink.rtnl.ifaddrmsg
+    import pyroute2.netlink.rtnl.ifinfmsg  # noqa: F401
+
+
 def link_body(attrs: Attrs, index: int = 0, *, up: bool | None = None) -> bytes:
     """struct ifinfomsg and its attributes. ``index`` 0 makes a link; ``up`` None leaves that flag alone."""
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
