@@ -73,7 +73,7 @@ def _read_document() -> dict[str, Any]:
     data = b"".join(iter(lambda: os.read(0, 65536), b""))
     try:
         document = jsontext.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CniError(DECODING_FAILURE, f"error unmarshall network config: {error}") from None
     if not isinstance(document, dict):
         raise CniError(DECODING_FAILURE, "error unmarshall network config: this is not a JSON object")

@@ -43,8 +43,9 @@ class HostClaims:
                 if claim is not None:
                     new[name] = claim
                 elif name.startswith(_DEVICE) and (holder := _holder(name)) is not None:
+                    where = f"process {holder}" if holder else "in another container"
                     raise DeviceTaken(
-                        f"another flanneld on this host (process {holder}) keeps {name.removeprefix(_DEVICE)}; give"
+                        f"another flanneld on this host ({where}) keeps {name.removeprefix(_DEVICE)}; give"
                         " this network a VNI of its own (vxlan), host-gw, or another backend than that one has"
                     )
         except DeviceTaken:
