@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -99,13 +98,15 @@ class Health:
 def write_status_file(path: Path, status: dict[str, Any]) -> None:
     """Replace the file that the CNI plugin and flannelctl read (format: docs/cni.md), readable by all."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".status-", dir=path.parent)
+    # One name, so that a daemon that was killed here leaves nothing that its successor does not use up.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "w") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o644), "w") as file:
+            os.fchmod(file.fileno(), 0o644)
             json.dump(status, file, separators=(",", ":"))
             file.write("\n")
-            os.fchmod(file.fileno(), 0o644)
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

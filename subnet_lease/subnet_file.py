@@ -111,9 +111,11 @@ def write(path: str | os.PathLike[str], content: SubnetFile) -> bool:
             return False
     directory = os.path.dirname(path) or "."  # noqa: PTH120
     _make_directory(directory)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    # One name, so that a writer that was killed here leaves nothing that the next one does not use up.
+    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8") as file:  # noqa: PTH123
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
             os.fchmod(file.fileno(), 0o644)  # whatever the umask
             file.write(text)
             file.flush()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import stat
+from pathlib import Path
+
 import pytest
 from structlog.testing import capture_logs
 
-from flanneld.status import WAITING, Health
+from flanneld.status import WAITING, Health, write_status_file
 
 
 def lines(logs) -> list[tuple[str, str]]:
@@ -59,3 +62,26 @@ def test_every_change_is_told_to_whoever_writes_the_status_file() -> None:
     health.set("store", "b", fault="x")
     health.set("store", None)
     assert told == ["a", "b", None]
+
+
+def test_the_status_file_is_replaced_at_once_readable_by_all_and_uses_up_what_a_crash_left(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "flanneld-status.json"
+    write_status_file(path, {"ready": False})
+    (path.parent / ".flanneld-status.json.tmp").write_text("half")
+    (path.parent / ".flanneld-status.json.tmp").chmod(0o600)
+    write_status_file(path, {"ready": True})
+    assert path.read_text() == '{"ready":true}\n'
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_status_file_is_not_written_through_a_link_that_somebody_planted(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("theirs")
+    path = tmp_path / "flanneld-status.json"
+    path.with_name(".flanneld-status.json.tmp").symlink_to(victim)
+    with pytest.raises(OSError):
+        write_status_file(path, {"ready": True})
+    assert victim.read_text() == "theirs"
+    write_status_file(path, {"ready": True})
+    assert victim.read_text() == "theirs"
