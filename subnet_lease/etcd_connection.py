@@ -32,9 +32,11 @@ CALL_TIMEOUT: Final = 5.0
 """Seconds for one call to one endpoint."""
 
 _CHANNEL_OPTIONS: Final = {
-    # A dead connection is found within 15 s; etcd refuses pings more often than every 5 s.
+    # A dead connection is found within 13 s; etcd refuses pings more often than every 5 s. gRPC makes the timeout the
+    # socket's TCP_USER_TIMEOUT, too: a call on a connection whose source address was taken away fails after so long, and
+    # the new address is to be published within five seconds.
     "grpc.keepalive_time_ms": 10_000,
-    "grpc.keepalive_timeout_ms": 5_000,
+    "grpc.keepalive_timeout_ms": 3_000,
     "grpc.http2.max_pings_without_data": 0,
     # gRPC waits up to two minutes between attempts to connect; the network daemon is wanted back at once.
     "grpc.initial_reconnect_backoff_ms": 200,
