@@ -68,7 +68,7 @@ class Intervals:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What one pass did. ``repairs`` are changes that nobody asked for: the kernel had drifted."""
+    """What one pass did. ``changes`` succeeded; ``repairs``, among them, are those that nobody had asked for."""
 
     changes: tuple[Change, ...] = ()
     repairs: tuple[Change, ...] = ()
@@ -190,13 +190,14 @@ class Reconciler:
         progress.dirty = {c.record.key for c in changes if c.record.kind not in BULK} - unfinished
         if progress.dirty:
             self._dataplane.wake()
+        done = tuple(c for c in changes if c.record.key not in unfinished) if unfinished else tuple(changes)
         repairs: tuple[Change, ...] = ()
         if progress.settled and wanted.changed is not None:
-            repairs = tuple(c for c in changes if c.record.key not in wanted.changed)
+            repairs = tuple(c for c in done if c.record.key not in wanted.changed)
         complete = not progress.failed
         progress.settled = progress.settled or complete
         return PassResult(
-            changes=tuple(changes),
+            changes=done,
             repairs=repairs,
             failures=tuple(failures),
             skipped=len(skipped),
