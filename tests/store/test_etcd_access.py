@@ -332,13 +332,20 @@ def test_a_login_where_none_is_asked_for(network: Network) -> None:
 
 @pytest.mark.parametrize(
     "endpoint",
-    ["10.0.0.1:2379", "http://", "ftp://a:1", "http://a:99999", "http://a:b", "http://a/path", "http://u:p@a"],
+    ["10.0.0.1:2379", "http://", "ftp://a:1", "http://a:99999", "http://a:b", "http://a/path"],
 )
 def test_malformed_endpoint(endpoint: str) -> None:
     with pytest.raises(SetupError) as error:
         EtcdStore([endpoint])
     assert repr(endpoint) in str(error.value)
     assert "http://10.0.0.1:2379" in str(error.value)
+
+
+def test_a_password_in_an_endpoint_is_refused_and_not_repeated() -> None:
+    with pytest.raises(SetupError, match="--etcd-username and --etcd-password") as error:
+        EtcdStore(["http://user:secret@etcd.example:2379"])
+    assert "secret" not in str(error.value)
+    assert "etcd.example:2379" in str(error.value)
 
 
 def test_no_endpoint_half_a_login_and_a_bad_margin() -> None:
