@@ -60,6 +60,7 @@ class WantedState:
         self._done = done
         self._claims = HostClaims()
         self._looked_at = 0.0
+        self._device_went = False
         self._desired: DesiredState | None = None
         self._owned: tuple[object, object, Owned] | None = None
         self._refused: dict[str, str] = {}
@@ -135,6 +136,8 @@ class WantedState:
     def _judge(self, result: PassResult) -> None:
         if result.blind:
             self._health.set("kernel", result.blind)
+        elif result.failures and self._device_just_went(result):
+            return
         elif result.failures:
             first = result.failures[0].message
             more = len(result.failures) + result.skipped - 1
@@ -142,8 +145,15 @@ class WantedState:
         elif result.complete:
             # subnet.env first: whoever waits for ready reads it next.
             assert self._desired is not None
+            self._device_went = False
             self._done(self._desired.standing)
             self._health.set("kernel", None)
+
+    def _device_just_went(self, result: PassResult) -> bool:
+        """The kernel tells of a deleted device last, after what stood on it: one pass may come in between."""
+        went = all(failure.cause == "ENODEV" for failure in result.failures) and not self._device_went
+        self._device_went = went
+        return went
 
     def _show_view(self, observed: Observation) -> None:
         now = time.monotonic()

@@ -6,11 +6,15 @@ but never retries one, logs in once, and turns gRPC's errors into exceptions wit
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+# gRPC's C code writes lines of its own to stderr, about what our errors say better.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import etcd3
 import grpc

@@ -44,17 +44,17 @@ def run(arguments: argparse.Namespace) -> int:
                 "stop it first (systemctl stop flanneld), or use --force",
             )
     from flanneld.cleanup import CleanupError, cleanup
+    from flanneld.dataplane.write import describe as in_words
     from flanneld.wanted import describe
 
     try:
         changes = cleanup(options_of(arguments))
     except CleanupError as error:
         raise Problem(f"something stays: {error}", "run it again; what was removed is gone already") from None
-    lines = [describe(change.record) for change in changes]
     if arguments.json:
-        put_json(lines)
+        put_json([describe(change.record) for change in changes])
     else:
-        for line in lines:
-            put(f"removed {line}")
-        put(f"{len(lines)} things removed" if lines else "nothing of flanneld is on this host")
+        for change in changes:
+            put(in_words(change).replace("remove ", "removed ", 1))
+        put(f"{len(changes)} things removed" if changes else "nothing of flanneld is on this host")
     return OK if all(change.op == "remove" for change in changes) else FAILED

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Final
 
-from backends.kernel_state import Address, Change, Failure, FdbEntry, Ipip, Link, Neighbour, Route, Vxlan
+from backends.kernel_state import Address, Change, Failure, FdbEntry, Firewall, Ipip, Link, Neighbour, Route, Vxlan
 from flanneld.dataplane import links as link_wire
 from flanneld.dataplane import modules, rare
 from flanneld.dataplane.follow import Follower
@@ -313,7 +313,9 @@ def describe(change: Change) -> str:
         return f"{verb}address {record.address} dev {record.dev}"
     if isinstance(record, Link):
         return f"{verb}device {record.name} (MTU {record.mtu})"
-    return f"{verb}{record.key}"
+    if isinstance(record, Firewall):
+        return f"{verb}{record.mode} rules of IPv{record.family}"
+    return f"{verb}{record.kind.name.lower()} {record.key[1]}"
 
 
 def _remedy(error: NetlinkError) -> str:
