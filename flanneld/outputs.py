@@ -91,7 +91,8 @@ class Outputs:
             **base,
             "subnet": str(lease.subnet) if lease.subnet else None,
             "ipv6_subnet": str(lease.ipv6_subnet) if lease.ipv6_subnet else None,
-            "reservation": lease.reservation,
+            # The standing stays when an operator turns a lease into a reservation, or back.
+            "reservation": (self._board.lease or lease).reservation,
             "backend": standing.backend.name,
             "mtu": mtu_of(standing),
             "devices": [r.name for r in standing.backend.host_state(host) if isinstance(r, Link)],

@@ -7,6 +7,7 @@ is sent by the thousand (routes, neighbours, forwarding entries) is packed in ``
 
 from __future__ import annotations
 
+import threading
 from socket import AF_INET, AF_INET6
 from typing import Any, Final
 
@@ -19,14 +20,20 @@ IFF_UP: Final = 0x1
 IFA_F_NODAD: Final = 0x02
 
 
+_loading = threading.Lock()
+"""pyroute2's modules import one another in a circle: two threads that load them at once get a _DeadlockError."""
+
+
 def prepare() -> None:
-    """Import pyroute2 now (0.2 s), so that the first message does not wait for it."""
-    import pyroute2.netlink.rtnl.ifaddrmsg
-    import pyroute2.netlink.rtnl.ifinfmsg  # noqa: F401
+    """Import pyroute2 now (0.2 s), so that the first message does not wait for it. From any thread."""
+    with _loading:
+        import pyroute2.netlink.rtnl.ifaddrmsg
+        import pyroute2.netlink.rtnl.ifinfmsg  # noqa: F401
 
 
 def link_body(attrs: Attrs, index: int = 0, *, up: bool | None = None) -> bytes:
     """struct ifinfomsg and its attributes. ``index`` 0 makes a link; ``up`` None leaves that flag alone."""
+    prepare()
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
     message = ifinfmsg()
@@ -41,6 +48,7 @@ def link_body(attrs: Attrs, index: int = 0, *, up: bool | None = None) -> bytes:
 
 def address_body(address: str, index: int) -> bytes:
     """struct ifaddrmsg for an address in CIDR form."""
+    prepare()
     from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
     text, _, length = address.partition("/")
