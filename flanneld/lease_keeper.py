@@ -70,6 +70,8 @@ class LeaseKeeper:
         self._config: NetworkConfig | None = None
         self._backend: Backend | None = None
         self._facts: dict[str, str] = {}
+        self._choose_anew = False
+        """After SIGHUP: look at the default route as at a start."""
         self._renew_at = 0.0
         self._renewed_at: float | None = None
         self._lost = False
@@ -155,6 +157,7 @@ class LeaseKeeper:
             return 1.0
         if self._board.reload:
             self._board.reload = False
+            self._choose_anew = True
             self._config = self._hints = None
         config = self._follow_config()
         underlay = self._choose_underlay(view, config)
@@ -187,7 +190,11 @@ class LeaseKeeper:
     def _choose_underlay(self, view: View, config: NetworkConfig) -> Underlay:
         if self._hints is None:
             self._hints = self._store.hints()
-        return choose_underlay(view, make_choice(self._options, config, self._hints))
+        standing = self._board.standing
+        current = standing.host.underlay.name if standing is not None and not self._choose_anew else ""
+        underlay = choose_underlay(view, make_choice(self._options, config, self._hints, current))
+        self._choose_anew = False
+        return underlay
 
     def _follow_backend(self, config: NetworkConfig) -> Backend:
         """The backend of this configuration, made anew only when its part of the configuration changed."""
@@ -373,7 +380,7 @@ def read_previous(path: Path) -> subnet_file.SubnetFile:
         return subnet_file.SubnetFile()
 
 
-def make_choice(options: Options, config: NetworkConfig, hints: NodeHints) -> Choice:
+def make_choice(options: Options, config: NetworkConfig, hints: NodeHints, current: str = "") -> Choice:
     """What the operator asked for; the store's node-public-ip annotations come before the flags, as in flannel."""
     public: dict[Family, IPAddress] = {}
     if hints.public_ip is not None:
@@ -391,4 +398,5 @@ def make_choice(options: Options, config: NetworkConfig, hints: NodeHints) -> Ch
         iface_regex=options.iface_regex,
         can_reach=options.iface_can_reach,
         public={f: a for f, a in public.items() if f in families},
+        current=current,
     )

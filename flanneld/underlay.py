@@ -43,6 +43,8 @@ class Choice:
     iface_regex: tuple[str, ...] = ()
     can_reach: str = ""
     public: Mapping[Family, IPAddress] = field(default_factory=dict)
+    current: str = ""
+    """The interface in use: a default route that moves (a VPN comes up) does not move the tunnels while it serves."""
 
 
 def choose_underlay(view: View, choice: Choice) -> Underlay:
@@ -133,6 +135,9 @@ def _match_regex(pattern: str, candidates: Iterable[Interface]) -> tuple[Interfa
 
 
 def _by_default_route(view: View, choice: Choice, candidates: list[Interface]) -> Interface:
+    current = next((i for i in candidates if i.name == choice.current), None)
+    if current is not None and _passed_over(current, choice) is None:
+        return current
     names = {view.default[f].dev for f in choice.families if f in view.default}
     if len(names) == 1:
         return _by_name(view, choice, names.pop())

@@ -120,3 +120,11 @@ def test_global_before_link_local_permanent_before_temporary_and_never_deprecate
     )
     view = View((crowded,), {6: RouteLookup("eth0", "fe80::9", None)})
     assert choose_underlay(view, Choice((6,))).local[6] == IPv6Address("2001:db8::5")
+
+
+def test_a_default_route_that_moves_does_not_move_the_tunnels_while_their_interface_serves():
+    view = View((ETH0, ETH1), {4: RouteLookup("eth1", "192.168.56.1", None)})
+    assert choose_underlay(view, Choice(V4, current="eth0")).name == "eth0"
+    down = interface("eth0", "10.0.2.15/24", up=False)
+    assert choose_underlay(View((down, ETH1), view.default), Choice(V4, current="eth0")).name == "eth1"
+    assert choose_underlay(view, Choice(V4, iface=("eth1",), current="eth0")).name == "eth1"
