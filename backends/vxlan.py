@@ -134,7 +134,7 @@ class Vxlan:
         return (
             FdbEntry(device, mac, str(public)),
             Neighbour(device, gateway, mac),
-            Route(str(subnet), device, via=gateway, onlink=True),
+            Route(f"{gateway}/{subnet.prefixlen}", device, via=gateway, onlink=True),
         )
 
     def _peer_mac(self, host: Host, peer: Lease, family: Family) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from backends.backend import Backend, Host, PeerRefused
 from backends.kernel_state import ROUTE_PROTOCOL, Firewall, KernelState, Key, Link, Record, Route, Scope, Sysctl
-from subnet_lease.lease import FAMILIES, IPNetwork, Lease
+from subnet_lease.lease import FAMILIES, Family, IPNetwork, Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,10 @@ class DesiredState:
         host = standing.host
         self.networks: tuple[IPNetwork, ...] = tuple(
             n for n in (host.config.network_of(f) for f in FAMILIES) if n is not None
+        )
+        self._own_key = standing.lease.key
+        self._ranges: tuple[tuple[Family, IPNetwork, IPNetwork | None], ...] = tuple(
+            (f, n, host.subnets.get(f)) for f in FAMILIES if (n := host.config.network_of(f)) is not None
         )
         self._records: dict[Key, Record] = {}
         self._owner: dict[Key, str] = {}
@@ -112,7 +116,7 @@ class DesiredState:
 
     def _admit(self, lease_key: str, lease: Lease, touched: set[Key]) -> set[Key]:
         """Give a lease its records. What lingers in its way goes at once; those keys are added to ``touched``."""
-        if lease_key == self.standing.lease.key or not self.standing.backend.accepts(lease):
+        if lease_key == self._own_key or not self.standing.backend.accepts(lease):
             return self._withdraw(lease_key)
         try:
             self._check(lease)
@@ -153,14 +157,12 @@ class DesiredState:
 
     def _check(self, lease: Lease) -> None:
         """Refuse a subnet outside the network, or one that overlaps our own."""
-        for family in FAMILIES:
+        for family, network, own in self._ranges:
             subnet = lease.subnet_of(family)
-            network = self.standing.host.config.network_of(family)
-            if subnet is None or network is None:
+            if subnet is None:
                 continue
             if subnet.prefixlen < network.prefixlen or not _overlap(subnet, network):
                 raise PeerRefused(f"lease {lease.key} lies outside the network {network}")
-            own = self.standing.host.subnets.get(family)
             if own is not None and _overlap(subnet, own):
                 raise PeerRefused(f"lease {lease.key} of {_owner_name(lease)} overlaps this node's own subnet {own}")
 

@@ -333,13 +333,14 @@ class EtcdStore:
         """All leases in one range read. One with an unreadable value still takes its subnet; the watch tells of it."""
         answer = self._connection.call("read the leases", lambda client: client.get_prefix_response(self._subnets))
         leases = []
-        for kv in answer.kvs:
-            name = kv.key.decode("utf-8", "replace").removeprefix(self._subnets)
-            try:
-                leases.append(self._reader.read(name, kv)[1])
-            except ValueError:
-                with suppress(ValueError):
-                    leases.append(Lease(*parse_subnet_key(name), LeaseAttrs(), revision=kv.mod_revision))
+        with self._reader.turn:
+            for kv in answer.kvs:
+                name = kv.key.decode("utf-8", "replace").removeprefix(self._subnets)
+                try:
+                    leases.append(self._reader.read(name, kv)[1])
+                except ValueError:
+                    with suppress(ValueError):
+                        leases.append(Lease(*parse_subnet_key(name), LeaseAttrs(), revision=kv.mod_revision))
         return leases
 
     def _read(self, name: str) -> Lease | None:

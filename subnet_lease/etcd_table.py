@@ -5,6 +5,7 @@ A bad key or value withdraws nothing: the last good one stays, one counter rises
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -42,6 +43,8 @@ class LeaseReader:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Mark, Lease]] = {}
+        self.turn = threading.Lock()
+        """Held while a whole list is read: at a start two threads have the same one, and the second finds it done."""
 
     def read(self, key: str, kv: Any) -> tuple[Mark, Lease]:
         """The mark and the lease of a key-value pair; ValueError says what is wrong with it."""
@@ -131,12 +134,13 @@ class SnapshotTable:
         changed = False
         seen: set[str] = set()
         config: bytes | None = None
-        for kv in kvs:
-            if kv.key == self._config_key:
-                config = kv.value
-            elif kv.key.startswith(self._subnets):
-                seen.add(kv.key[len(self._subnets) :].decode("utf-8", "replace"))
-                changed |= self._put(kv)
+        with self._reader.turn:
+            for kv in kvs:
+                if kv.key == self._config_key:
+                    config = kv.value
+                elif kv.key.startswith(self._subnets):
+                    seen.add(kv.key[len(self._subnets) :].decode("utf-8", "replace"))
+                    changed |= self._put(kv)
         wiped |= config is None and self._config_text is not None
         changed |= self._set_config(config)
         gone = [key for key in self.leases if key not in seen and key not in self._lingering]
