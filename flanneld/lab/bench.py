@@ -76,8 +76,8 @@ def scale() -> str:
         f"|{what}|{value}|{FLANNEL.get(what, '')}|\n" for what, value in [*result.rows(), *bench_scale.host_gw()]
     )
     return (
-        f"## The daemon at {result.peers} peers\n\nOne host, a real etcd, vxlan except where it says host-gw. The last column is flannel v0.20.2 on a"
-        f" machine of the same kind, measured on another day.\n\n|what|flanneld|flannel|\n|-|-|-|\n{rows}"
+        f"## The daemon at {result.peers} peers\n\nOne host, a real etcd, vxlan except where it says host-gw. The last column is an earlier figure for"
+        f" flannel v0.20.2 on a machine of the same kind; this script does not measure it.\n\n|what|flanneld|flannel|\n|-|-|-|\n{rows}"
     )
 
 
