@@ -176,6 +176,7 @@ class Daemon:
             self.health.set("store", f"no sign of life from the store for {WATCH_STALL:.0f} s")
         else:
             self.health.set("store", None)
+        self.health.set("stored_config", status.config_error)
 
     def _watch_age(self) -> float:
         last = self.store.status.last_contact
@@ -210,10 +211,10 @@ class Daemon:
             notify(f"STATUS=not ready: {reasons[0].splitlines()[0]}")
 
     def _report(self) -> None:
-        """Tell the store about this node's health; what could not be told is told again (NetworkUnavailable)."""
+        """Tell the store whether the data path stands; what could not be told is told again (NetworkUnavailable)."""
         told: tuple[bool, tuple[str, ...]] | None = None
         while not self.board.stopping.wait(REPORT_INTERVAL):
-            news = (self.health.ready, self.health.reasons)
+            news = (not self.health.broken, self.health.broken)
             if news == told:
                 continue
             try:

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ import structlog
 
 log = structlog.get_logger("flanneld")
 
-CONDITIONS = ("config", "underlay", "lease", "store", "devices", "kernel", "subnet_file")
+CONDITIONS = ("config", "stored_config", "underlay", "lease", "store", "devices", "kernel", "subnet_file")
 """In the order in which they are shown: the first is most often the cause of those after it."""
+
+CONTROL_PLANE = ("config", "stored_config", "store")
+"""What makes a node unready but leaves its packets alone. Kubernetes is not told of these: one bad ConfigMap would
+otherwise keep pods from every node of the cluster."""
 
 WAITING = {
     "lease": "no lease yet",
@@ -86,9 +90,16 @@ class Health:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why this node is not ready, in order of cause; empty when it is."""
+        return self._shown(CONDITIONS)
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Why packets may not flow; empty while the data path stands, whatever else is wrong."""
+        return self._shown(name for name in CONDITIONS if name not in CONTROL_PLANE)
+
+    def _shown(self, conditions: Iterable[str]) -> tuple[str, ...]:
         with self._lock:
-            known = [name for name in CONDITIONS if name in self._reasons]
-            return tuple(f"{name}: {self._reasons[name]}" for name in known)
+            return tuple(f"{name}: {self._reasons[name]}" for name in conditions if name in self._reasons)
 
     @property
     def ready(self) -> bool:

@@ -19,7 +19,7 @@ from subnet_lease import allocation
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import decode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
-from subnet_lease.store import ConfigMissing, StoreError
+from subnet_lease.store import ConfigMissing, StoreError, unused
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +67,7 @@ class EtcdStatus:
     last_contact: float | None = None
     last_error: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    config_error: str | None = None
     _cause: str = ""
 
     @property
@@ -234,24 +235,21 @@ class SnapshotTable:
             log.warning("etcd was wiped or restored; these peers stay for now", peers=len(kept), seconds=GRACE)
 
     def _set_config(self, text: bytes | None) -> bool:
-        if text == self._config_text and self.config is not None:
-            return False
-        if text is None:
-            if self._config_text is not None:
-                log.warning("the network configuration is gone from etcd; the last good one stays in use")
-                self._status.counts["config_missing"] += 1
-            self._config_text = None
-            return False
+        """Take the stored configuration if it can be used, else say why not; true if a reader would see another one."""
         if text == self._config_text:
             return False
         self._config_text = text
+        key = self._config_key.decode()
         try:
+            if text is None:
+                raise ConfigMissing(f"{key} is gone; write it again: flannelctl config set")
             config = validate_for_allocation(parse_network_config(text.decode("utf-8", "replace")))
         except StoreError as error:
             self._status.counts[error.cause] += 1
             if self.config is not None:  # else there is nobody to serve yet, and who asked for it is told
-                log.error("unusable network configuration in etcd; the last good one stays in use", error=str(error))
+                self._status.config_error = unused(f"{key}: {error}" if text is not None else str(error))
             return False
+        self._status.config_error = None
         changed = config != self.config
         self.config = config
         return changed

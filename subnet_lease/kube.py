@@ -44,6 +44,7 @@ from subnet_lease.store import (
     SetupError,
     StoreError,
     SubnetTaken,
+    unused,
 )
 
 DEFAULT_NET_CONFIG: Final = "/etc/kube-flannel/net-conf.json"
@@ -247,10 +248,11 @@ class KubeStore:
             found = self._file.read()
         except StoreError as error:
             self._health.count(error.cause)
-            _log.warning("the changed network configuration is not used", error=str(error))
+            self._health.config_error = unused(str(error))
             if isinstance(error, ConfigInvalid):
                 self._own.events.about_node(
                     "Warning", "FlannelConfigInvalid", f"{error}; the last good one stays in use"
                 )
             return config
+        self._health.config_error = None
         return config if found == config else found

@@ -38,6 +38,7 @@ class Health:
     def __init__(self) -> None:
         self.last_contact: float | None = None
         self.last_error: str | None = None
+        self.config_error: str | None = None
         self._errors: dict[str, int] = {}
 
     @property

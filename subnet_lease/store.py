@@ -111,6 +111,11 @@ class LeaseRequest:
     keep: bool = False
 
 
+def unused(problem: str) -> str:
+    """What ``StoreStatus.config_error`` says."""
+    return f"the stored network configuration is not used, the last good one stays: {problem}"
+
+
 class StoreStatus(Protocol):
     """How the connection fares: read by /readyz and /metrics, from another thread."""
 
@@ -125,6 +130,10 @@ class StoreStatus(Protocol):
     @property
     def errors(self) -> dict[str, int]:
         """Failures so far, by cause; bad keys count under bad_key."""
+
+    @property
+    def config_error(self) -> str | None:
+        """Why the configuration that is stored now is not the one in use, None while it is."""
 
 
 class LeaseStore(Protocol):

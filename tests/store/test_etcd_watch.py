@@ -92,11 +92,14 @@ def test_bad_and_missing_configuration_leaves_the_last_good_one(network: Network
     wait_until(lambda: follower.keys == {key})
     network.configure('{"Network":"10.5.0.0/33"}')
     wait_until(lambda: store.status.errors.get("config_invalid") == 1)
+    assert "10.5.0.0/33" in (store.status.config_error or "")
     network.etcd.ctl("del", f"{network.prefix}/config")
     wait_until(lambda: store.status.errors.get("config_missing") == 1)
+    assert f"{network.prefix}/config is gone" in (store.status.config_error or "")
     assert len(follower.snapshots) == 1
     network.configure('{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}')
     wait_until(lambda: follower.snapshots[-1].config.backend_type == "host-gw")
+    assert store.status.config_error is None
     assert follower.keys == {key}
 
 

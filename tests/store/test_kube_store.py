@@ -605,10 +605,12 @@ def test_a_swapped_config_map_takes_effect_and_a_bad_one_does_not(fake, make_sto
     watcher = Watcher(store)
     watcher.sees()
     mount(2, "{")
-    wait_until(lambda: store.status.errors.get("config_invalid"))
+    wait_until(lambda: store.status.config_error)
+    assert store.status.errors["config_invalid"] == 1
     mount(3, json.dumps(NET_CONF | {"EnableNFTables": True}))
     wait_until(lambda: watcher.snapshots[-1].config.enable_nftables)
     assert len(watcher.snapshots) == 2
+    assert store.status.config_error is None
     wait_until(lambda: fake.events("FlannelConfigInvalid"), message="an Event about the bad one")
 
 

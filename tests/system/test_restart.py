@@ -105,6 +105,20 @@ def test_started_without_its_store_it_touches_nothing_and_heals(running: Lab) ->
     assert kernel_text(host) == before
 
 
+@pytest.mark.field_problem(5)
+@pytest.mark.field_problem(38)
+def test_a_bad_configuration_is_told_and_the_good_one_stays_in_use(running: Lab) -> None:
+    before = [kernel_text(host) for host in running.hosts]
+    with no_packet_lost(running):
+        running.etcd.ctl("put", "/coreos.com/network/config", '{"Network": "10.5.0.0/33"}')
+        for host in running.hosts:
+            wait_until(lambda host=host: "10.5.0.0/33" in reason(host.daemon, "stored_config"), 10, "the reason told")
+        running.set_config()
+        for host in running.hosts:
+            host.daemon.wait_ready(10)
+    assert [kernel_text(host) for host in running.hosts] == before
+
+
 def reason(daemon: Daemon, condition: str) -> str:
     with contextlib.suppress(OSError):
         answer = daemon.get("/readyz")

@@ -55,6 +55,18 @@ def test_what_somebody_else_logs_is_not_logged_twice() -> None:
     assert not logs
 
 
+def test_what_leaves_the_packets_alone_makes_a_node_unready_but_not_broken() -> None:
+    health = Health()
+    for condition in WAITING:
+        health.set(condition, None)
+    health.set("stored_config", "bad")
+    health.set("store", "gone")
+    assert not health.ready
+    assert health.broken == ()
+    health.set("kernel", "no room")
+    assert health.broken == ("kernel: no room",)
+
+
 def test_every_change_is_told_to_whoever_writes_the_status_file() -> None:
     told = []
     health = Health(lambda: told.append(health.reason("store")))
