@@ -36,7 +36,9 @@ class Underlay:
     """The interface and addresses that carry the tunnels.
 
     ``local`` is bound on this host, ``public`` is what peers send to; behind NAT they differ (field problem 21).
-    ``prefixes`` are the on-link networks of the interface. ``mtu`` is the interface's, in bytes.
+    ``prefixes`` are the on-link networks of the interface. ``mtu`` is the interface's, in bytes. ``pinned`` are the
+    families whose packets the routing table would send by another interface, although this one has a default route,
+    too: a tunnel that can name its interface does so (field problem 34).
     """
 
     name: str
@@ -44,6 +46,7 @@ class Underlay:
     local: Mapping[Family, IPAddress]
     public: Mapping[Family, IPAddress]
     prefixes: tuple[IPNetwork, ...] = ()
+    pinned: frozenset[Family] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,12 +155,16 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class FdbEntry:
-    """A permanent forwarding entry of a vxlan device: frames for ``mac`` go to the VTEP at ``dst``."""
+    """A permanent forwarding entry of a vxlan device: frames for ``mac`` go to the VTEP at ``dst``.
+
+    ``via`` is the interface that the outer packets leave by, None for the one that the routing table names.
+    """
 
     kind: ClassVar[Kind] = Kind.FDB
     dev: str
     mac: str
     dst: str
+    via: str | None = None
 
     @property
     def key(self) -> Key:

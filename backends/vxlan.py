@@ -132,7 +132,7 @@ class Vxlan:
         device, gateway = self.device(family), str(subnet.network_address)
         mac = self._peer_mac(host, peer, family)
         return (
-            FdbEntry(device, mac, str(public)),
+            FdbEntry(device, mac, str(public), host.underlay.name if family in host.underlay.pinned else None),
             Neighbour(device, gateway, mac),
             Route(f"{gateway}/{subnet.prefixlen}", device, via=gateway, onlink=True),
         )

@@ -27,10 +27,11 @@ class UnderlayError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the kernel says of this host: its interfaces, its default routes, its way to --iface-can-reach."""
+    """What the kernel says of this host: its interfaces, its default routes (the one in use first), its way to
+    --iface-can-reach."""
 
     interfaces: tuple[Interface, ...] = ()
-    default: Mapping[Family, RouteLookup] = field(default_factory=dict)
+    default: Mapping[Family, tuple[RouteLookup, ...]] = field(default_factory=dict)
     reach: RouteLookup | None = None
 
 
@@ -66,7 +67,13 @@ def choose_underlay(view: View, choice: Choice) -> Underlay:
         local=local,
         public={family: choice.public.get(family, local[family]) for family in choice.families},
         prefixes=_prefixes(interface),
+        pinned=frozenset(f for f in choice.families if _leads_elsewhere(view.default.get(f, ()), interface.name)),
     )
+
+
+def _leads_elsewhere(routes: tuple[RouteLookup, ...], name: str) -> bool:
+    """Whether an interface has a default route of its own, but not the one in use."""
+    return bool(routes) and routes[0].dev != name and any(route.dev == name for route in routes)
 
 
 def best_address(interface: Interface, family: Family, wanted: IPAddress | None = None) -> IPAddress | None:
@@ -138,7 +145,7 @@ def _by_default_route(view: View, choice: Choice, candidates: list[Interface]) -
     current = next((i for i in candidates if i.name == choice.current), None)
     if current is not None and _passed_over(current, choice) is None:
         return current
-    names = {view.default[f].dev for f in choice.families if f in view.default}
+    names = {view.default[f][0].dev for f in choice.families if view.default.get(f)}
     if len(names) == 1:
         return _by_name(view, choice, names.pop())
     if len(names) > 1:

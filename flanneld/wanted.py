@@ -26,7 +26,7 @@ from subnet_lease.lease import FAMILIES, Lease
 
 log = structlog.get_logger("flanneld")
 
-LOOKUP_INTERVAL = 5.0
+LOOKUP_INTERVAL = 3.0
 """Seconds between looks at the default route, which may change without any link or address changing."""
 
 FEW = 5
@@ -37,7 +37,7 @@ class Lookups(Protocol):
     """What of the dataplane the choice of the underlay needs."""
 
     def lookup(self, address: str) -> RouteLookup | None: ...
-    def default_route(self, family: int) -> RouteLookup | None: ...
+    def default_routes(self, family: int) -> tuple[RouteLookup, ...]: ...
 
 
 class WantedState:
@@ -162,7 +162,7 @@ class WantedState:
         if same and now - self._looked_at < LOOKUP_INTERVAL:
             return
         self._looked_at = now
-        default = {f: found for f in FAMILIES if (found := self._lookups.default_route(f)) is not None}
+        default = {f: found for f in FAMILIES if (found := self._lookups.default_routes(f))}
         reach = self._lookups.lookup(self._can_reach) if self._can_reach else None
         new = View(observed.interfaces, default, reach)
         others = self._claims.other_networks()

@@ -95,9 +95,9 @@ class Dataplane:
         """How the kernel would reach this address; None if it would not."""
         return self._look.route_to(address)
 
-    def default_route(self, family: int) -> RouteLookup | None:
-        """The default route of the family (4 or 6) with the lowest metric, None if there is none."""
-        return self._look.default_route(family)
+    def default_routes(self, family: int) -> tuple[RouteLookup, ...]:
+        """The default routes of the family (4 or 6), the one in use first."""
+        return self._look.default_routes(family)
 
     def wait(self, timeout: float | None) -> None:
         """Until something that concerns us has changed, ``wake`` is called, or ``timeout`` (seconds) is over."""

@@ -54,7 +54,8 @@ class Follower:
         if kind in (RTM_NEWNEIGH, RTM_DELNEIGH):
             index = NDMSG.unpack_from(data, start)[3]
             if index in self._view.filter.devices:
-                found = decode_neighbour(data, start, end, self._view.interfaces.names[index])
+                names = self._view.interfaces.names
+                found = decode_neighbour(data, start, end, names[index], names)
                 if found:
                     self._view.mirror.learn(found[0], found[1] if kind == RTM_NEWNEIGH else None)
         elif kind in (RTM_NEWROUTE, RTM_DELROUTE):

@@ -130,7 +130,7 @@ class Look:
             for data, start, end in self._dump(RTM_GETNEIGH, body):
                 if NDMSG.unpack_from(data, start)[3] != index:
                     continue
-                found = decode_neighbour(data, start, end, name)
+                found = decode_neighbour(data, start, end, name, self._view.interfaces.names)
                 if found and found[1] is not None:
                     fresh[found[0]] = found[1]
         return fresh
@@ -215,18 +215,18 @@ class Look:
         route = decode_route(body, 0, len(body), None, self._view.interfaces.names or self._names())
         return None if route is None or route.dev is None else RouteLookup(route.dev, route.via, route.src)
 
-    def default_route(self, family: int) -> RouteLookup | None:
-        """The default route of the family (4, 6) with the lowest metric; of several gateways the first."""
+    def default_routes(self, family: int) -> tuple[RouteLookup, ...]:
+        """The default routes of the family (4, 6) by rising metric; where one has several gateways, its first."""
         known = self._view.defaults
         if not self._view.interfaces.names:
-            return self._default_route(family, self._names())
+            return self._default_routes(family, self._names())
         self._follower.drain()
         if family not in known or self._view.stale.everything:
-            known[family] = self._default_route(family, self._view.interfaces.names)
+            known[family] = self._default_routes(family, self._view.interfaces.names)
         return known[family]
 
-    def _default_route(self, family: int, names: dict[int, str]) -> RouteLookup | None:
-        best: tuple[int, RouteLookup] | None = None
+    def _default_routes(self, family: int, names: dict[int, str]) -> tuple[RouteLookup, ...]:
+        found: list[tuple[int, RouteLookup]] = []
         body = RTMSG.pack(AF_INET6 if family == 6 else AF_INET, 0, 0, 0, MAIN_TABLE, 0, 0, 0, 0)
         for data, start, end in self._dump(RTM_GETROUTE, body):
             if data[start + 1] != 0:
@@ -236,9 +236,9 @@ class Look:
                 continue
             hop = RouteLookup(route.dev, route.via, route.src) if route.dev else first_hop(data, start, end, names)
             metric = route.metric or (IPV6_DEFAULT_METRIC if family == 6 else 0)
-            if hop is not None and (best is None or metric < best[0]):
-                best = metric, hop
-        return best[1] if best else None
+            if hop is not None:
+                found.append((metric, hop))
+        return tuple(hop for _, hop in sorted(found, key=lambda entry: entry[0]))
 
     def _names(self) -> dict[int, str]:
         """Before the first observe there is no table of interfaces yet."""

@@ -41,7 +41,7 @@ class View:
         self.filter = RouteFilter()
         self.doubled: set[Key] = set()
         """Keys for which the kernel holds more than one route."""
-        self.defaults: dict[int, RouteLookup | None] = {}
+        self.defaults: dict[int, tuple[RouteLookup, ...]] = {}
         """Default routes by family (4, 6), until something touches them."""
         self._ethtool = Ethtool()
         self._devices: frozenset[str] = frozenset()

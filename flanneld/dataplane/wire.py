@@ -150,12 +150,17 @@ def neighbour_body(neighbour: Neighbour, index: int) -> bytes:
     )
 
 
-def fdb_body(entry: FdbEntry, index: int, *, remove: bool = False) -> bytes:
-    """A permanent forwarding entry of the device itself. Removal leaves the destination out, which means: all of it."""
+def fdb_body(entry: FdbEntry, index: int, via: int | None = None, *, remove: bool = False) -> bytes:
+    """A permanent forwarding entry of the device itself. Removal leaves the destination out, which means: all of it.
+
+    ``via`` is the index of the interface that its packets leave by.
+    """
     body = NDMSG.pack(AF_BRIDGE, 0, 0, index, NUD_PERMANENT, NTF_SELF, 0)
     if not remove:
         family = family_of(entry.dst)
         body += (_V6_DST_HEADER if family == AF_INET6 else _V4_DST_HEADER) + inet_pton(family, entry.dst)
+        if via is not None:
+            body += _ATTR8.pack(8, NDA_IFINDEX, via)
     return body + _LLADDR_HEADER + pack_mac(entry.mac) + b"\0\0"
 
 
@@ -269,8 +274,8 @@ _FDB4 = Struct("=BBHiHBB HH6s2x HH4s HH")  # ndmsg, NDA_LLADDR, NDA_DST, the nex
 _NDA_CACHEINFO, _NDA_PROBES = 3, 4
 
 
-def decode_neighbour(data: bytes, start: int, end: int, dev: str) -> Found:
-    """A neighbour or forwarding entry of the device ``dev``.
+def decode_neighbour(data: bytes, start: int, end: int, dev: str, names: Mapping[int, str]) -> Found:
+    """A neighbour or forwarding entry of the device ``dev``; ``names`` are the interfaces' by index.
 
     Ours are permanent; proxies, multicast and a vxlan device's default destination never can be ours.
     """
@@ -278,14 +283,14 @@ def decode_neighbour(data: bytes, start: int, end: int, dev: str) -> Found:
         if data[start] == AF_BRIDGE:
             _, _, _, _, state, flags, _, s1, k1, mac, s2, k2, dst, _, k3 = _FDB4.unpack_from(data, start)
             if (s1, k1, s2, k2, k3) == (10, NDA_LLADDR, 8, NDA_DST, _NDA_CACHEINFO):
-                return _forwarding_entry(dev, state, flags, mac, dst, "")
+                return _forwarding_entry(dev, state, flags, mac, dst)
         elif data[start] == AF_INET:
             _, _, _, _, state, flags, _, s1, k1, dst, s2, k2, mac, _, k3 = _NEIGHBOUR4.unpack_from(data, start)
             if (s1, k1, s2, k2) == (8, NDA_DST, 10, NDA_LLADDR):
                 return _neighbour(dev, AF_INET, state, flags, dst, mac)
     family, _, _, _, state, flags, _ = NDMSG.unpack_from(data, start)
     dst = mac = b""
-    extra = ""
+    extra, via = "", 0
     start += 12
     while start + 4 <= end:
         size, attr = ATTRIBUTE.unpack_from(data, start)
@@ -300,21 +305,23 @@ def decode_neighbour(data: bytes, start: int, end: int, dev: str) -> Found:
         elif attr == NDA_VNI:
             extra += f" vni {U32.unpack_from(data, start + 4)[0]}"
         elif attr == NDA_IFINDEX:
-            extra += f" via {U32.unpack_from(data, start + 4)[0]}"
+            via = U32.unpack_from(data, start + 4)[0]
         start += (size + 3) & ~3
     if family == AF_BRIDGE:
-        return _forwarding_entry(dev, state, flags, mac, dst, extra)
+        return _forwarding_entry(dev, state, flags, mac, dst, extra, names.get(via, str(via)) if via else None)
     return _neighbour(dev, family, state, flags, dst, mac)
 
 
-def _forwarding_entry(dev: str, state: int, flags: int, mac: bytes, dst: bytes, extra: str) -> Found:
+def _forwarding_entry(
+    dev: str, state: int, flags: int, mac: bytes, dst: bytes, extra: str = "", via: str | None = None
+) -> Found:
     if not flags & NTF_SELF or len(mac) != 6 or mac[0] & 1 or mac == b"\0\0\0\0\0\0":
         return None
     text = mac.hex(":")
     key = (Kind.FDB, dev, text)
     if not state & NUD_PERMANENT or not dst:
         return key, None
-    return key, FdbEntry(dev, text, inet_ntop(AF_INET if len(dst) == 4 else AF_INET6, dst) + extra)
+    return key, FdbEntry(dev, text, inet_ntop(AF_INET if len(dst) == 4 else AF_INET6, dst) + extra, via)
 
 
 def _neighbour(dev: str, family: int, state: int, flags: int, dst: bytes, mac: bytes) -> Found:

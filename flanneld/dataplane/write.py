@@ -85,6 +85,8 @@ class Writer:
                 requests.append(request)
             elif change.op == "put":
                 dev = getattr(change.record, "dev", None)
+                if self._view.interfaces.index(dev or "") is not None:
+                    dev = getattr(change.record, "via", None)
                 failures.append(Failure(change, "ENODEV", f"{describe(change)}: there is no interface {dev}"))
             else:
                 self._view.mirror.know(change.record.key, None)
@@ -138,9 +140,13 @@ class Writer:
             return None
         if isinstance(record, Address):
             return (RTM_NEWADDR if put else RTM_DELADDR), (_PUT if put else 0), rare.address_body(record.address, index)
-        body = (
-            neighbour_body(record, index) if isinstance(record, Neighbour) else fdb_body(record, index, remove=not put)
-        )
+        if isinstance(record, Neighbour):
+            body = neighbour_body(record, index)
+        else:
+            via = self._view.interfaces.index(record.via) if record.via is not None else None
+            if put and via is None and record.via is not None:
+                return None
+            body = fdb_body(record, index, via, remove=not put)
         return (RTM_NEWNEIGH, _PUT, body) if put else (RTM_DELNEIGH, 0, body)
 
     # --- links -----------------------------------------------------------------------------------------------------
@@ -308,7 +314,8 @@ def describe(change: Change) -> str:
     if isinstance(record, Neighbour):
         return f"{verb}neighbour {record.dst} lladdr {record.mac} dev {record.dev}"
     if isinstance(record, FdbEntry):
-        return f"{verb}forwarding entry {record.mac} dst {record.dst} dev {record.dev}"
+        via = f" via {record.via}" if record.via else ""
+        return f"{verb}forwarding entry {record.mac} dst {record.dst}{via} dev {record.dev}"
     if isinstance(record, Address):
         return f"{verb}address {record.address} dev {record.dev}"
     if isinstance(record, Link):

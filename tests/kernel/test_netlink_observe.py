@@ -203,16 +203,16 @@ def test_a_wider_scope_shows_more_and_says_that_all_may_have_changed(host: Host)
 
 def test_route_lookups_and_default_routes(host: Host) -> None:
     dataplane = host.dataplane
-    assert dataplane.default_route(4) is None and dataplane.default_route(6) is None
+    assert dataplane.default_routes(4) == dataplane.default_routes(6) == ()
     assert dataplane.lookup("8.8.8.8") is None
     host.ip("route add default via 192.168.7.254 metric 200")
     host.ip("route add default via 192.168.7.253 metric 100 src 192.168.7.1")
     host.ip("-6 route add default via fd00:7::fe")
-    found = dataplane.default_route(4)
-    assert found is not None
-    assert (found.dev, found.via, found.src) == ("eth0", "192.168.7.253", "192.168.7.1")
-    found = dataplane.default_route(6)
-    assert found is not None and (found.dev, found.via) == ("eth0", "fd00:7::fe")
+    assert dataplane.default_routes(4) == (
+        RouteLookup("eth0", "192.168.7.253", "192.168.7.1"),
+        RouteLookup("eth0", "192.168.7.254", None),
+    )
+    assert dataplane.default_routes(6) == (RouteLookup("eth0", "fd00:7::fe", None),)
     found = dataplane.lookup("8.8.8.8")
     assert found is not None and (found.dev, found.via, found.src) == ("eth0", "192.168.7.253", "192.168.7.1")
     found = dataplane.lookup("192.168.7.5")
@@ -224,15 +224,15 @@ def test_route_lookups_and_default_routes(host: Host) -> None:
 def test_default_routes_are_followed(host: Host) -> None:
     host.observe()
     dataplane = host.dataplane
-    assert dataplane.default_route(4) is None
+    assert dataplane.default_routes(4) == ()
     host.ip("route add default via 192.168.7.254")
-    assert dataplane.default_route(4) == RouteLookup("eth0", "192.168.7.254", None)
+    assert dataplane.default_routes(4) == (RouteLookup("eth0", "192.168.7.254", None),)
     host.ip("route replace default nexthop via 192.168.7.251 nexthop via 192.168.7.252")
-    assert dataplane.default_route(4) == RouteLookup("eth0", "192.168.7.251", None)
+    assert dataplane.default_routes(4) == (RouteLookup("eth0", "192.168.7.251", None),)
     host.ip("-6 route add default nexthop via fd00:7::a nexthop via fd00:7::b")
-    assert dataplane.default_route(6) == RouteLookup("eth0", "fd00:7::a", None)
+    assert dataplane.default_routes(6) == (RouteLookup("eth0", "fd00:7::a", None),)
     host.ip("link set eth0 down")  # without a word about IPv4
-    assert dataplane.default_route(4) is None
+    assert dataplane.default_routes(4) == ()
 
 
 @pytest.mark.parametrize(

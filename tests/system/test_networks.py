@@ -10,6 +10,7 @@ import pytest
 from flanneld.lab.capture import capture
 from flanneld.lab.hosts import Lab
 from flanneld.lab.wait import wait_until
+from tests.system.kernel_text import metric
 
 MakeLab = Callable[..., Lab]
 
@@ -58,6 +59,31 @@ def test_outer_packets_leave_by_the_chosen_interface_and_address(make_lab: MakeL
     packet = capture(lab.hosts[0].ns, "eth1", "udp port 8472", lambda: here.ping(there))[0]
     assert packet["IP"].src == lab.hosts[0].second_address
     assert packet["IP"].dst == lab.hosts[1].second_address
+
+
+@pytest.mark.field_problem(34)
+def test_an_interface_with_a_default_route_of_its_own_is_used_for_peers_beyond_it(make_lab: MakeLab) -> None:
+    lab = make_lab(1, second="172.31.0.0/24")
+    lab.set_config()
+    host = lab.hosts[0]
+    value = '{"PublicIP":"203.0.113.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}'
+    lab.etcd.ctl("put", "/coreos.com/network/subnets/10.5.9.0-24", value)
+    host.start_daemon("--iface=eth1", wait=True)
+
+    def entry() -> str:
+        found = host.run("bridge fdb show dev flannel.1").splitlines()
+        return next((line for line in found if "203.0.113.9" in line), "")
+
+    assert " via " not in entry()
+    host.run("ip route add default via 172.31.0.1 dev eth1 metric 200")
+    wait_until(lambda: "dst 203.0.113.9 via eth1 self permanent" in entry(), 6, "the interface in the entry")
+    packet = capture(host.ns, "eth1", "udp port 8472", lambda: host.run("ping -c 3 -i 0.2 10.5.9.1", check=False))[0]
+    assert (packet["IP"].src, packet["IP"].dst) == (host.second_address, "203.0.113.9")
+    host.daemon.restart()
+    host.daemon.wait_ready()
+    assert metric(host, "flanneld_changes_total") == 0
+    host.run("ip route del default via 172.31.0.1 dev eth1")
+    wait_until(lambda: entry() and " via " not in entry(), 6, "the routing table's choice again")
 
 
 @pytest.mark.field_problem(44)

@@ -136,6 +136,13 @@ def test_a_mac_in_capitals_is_the_same_mac():
     assert records[0] == FdbEntry("flannel.1", "02:ab:00:00:00:02", str(peer().attrs.public_ip))
 
 
+@pytest.mark.field_problem(34)
+def test_a_pinned_underlay_is_named_in_the_forwarding_entry():
+    under = replace(here().underlay, pinned=frozenset({4}))
+    records = list(Vxlan({}).peer_state(replace(here(), underlay=under), peer()))
+    assert records[0] == FdbEntry("flannel.1", MAC, str(peer().attrs.public_ip), via="eth0")
+
+
 def test_leases_of_other_backends_are_no_peers():
     assert not Vxlan({}).accepts(lease(2, "host-gw"))
     assert Vxlan({}).accepts(lease(2, "vxlan"))

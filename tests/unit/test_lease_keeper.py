@@ -86,7 +86,7 @@ class Node:
 def view(*, mtu: int = 1500, up: bool = True) -> View:
     address = InterfaceAddress("192.168.9.2/24")
     eth0 = Interface("eth0", 2, mtu=mtu, mac="02:00:00:00:00:02", up=up, addresses=(address,))
-    return View((eth0,), {4: RouteLookup("eth0", None, "192.168.9.2")} if up else {})
+    return View((eth0,), {4: (RouteLookup("eth0", None, "192.168.9.2"),)} if up else {})
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from flanneld.dataplane import links, rare, wire
 from flanneld.dataplane.netlink import NetlinkError, _error, messages
 
 INDEX = 7
-NAMES = {INDEX: "flannel.1"}
+NAMES = {3: "eth1", INDEX: "flannel.1"}
 v4 = st.ip_addresses(v=4).map(str)
 v6 = st.ip_addresses(v=6).map(lambda address: inet_ntop(AF_INET6, address.packed))  # as the kernel would spell it
 macs = st.binary(min_size=6, max_size=6).map(lambda raw: raw.hex(":"))
@@ -113,9 +113,9 @@ def test_neighbours(address: str, mac: str) -> None:
         theirs[name] = value
     theirs["attrs"] = [("NDA_DST", address), ("NDA_LLADDR", mac)]
     assert packed(theirs) == body
-    assert wire.decode_neighbour(body, 0, len(body), "flannel.1") == (record.key, record)
+    assert wire.decode_neighbour(body, 0, len(body), "flannel.1", NAMES) == (record.key, record)
     with_cache = body + wire.attribute(3, bytes(16))
-    assert wire.decode_neighbour(with_cache, 0, len(with_cache), "flannel.1") == (record.key, record)
+    assert wire.decode_neighbour(with_cache, 0, len(with_cache), "flannel.1", NAMES) == (record.key, record)
 
 
 @given(st.sampled_from([v4, v6]).flatmap(lambda text: text), unicast_macs)
@@ -125,7 +125,7 @@ def test_forwarding_entries(address: str, mac: str) -> None:
     message = parsed(ndmsg, body)
     assert (message["family"], message["ifindex"], message["state"], message["flags"]) == (7, INDEX, 0x80, 2)
     assert attributes(message)["NDA_LLADDR"] == mac
-    assert wire.decode_neighbour(body, 0, len(body), "flannel.1") == (record.key, record)
+    assert wire.decode_neighbour(body, 0, len(body), "flannel.1", NAMES) == (record.key, record)
     # The kernel's order, with which the short way is taken where it may be.
     family = 10 if ":" in address else 2
     kernel = body[:12] + wire.attribute(2, bytes.fromhex(mac.replace(":", "")))
@@ -136,8 +136,13 @@ def test_forwarding_entries(address: str, mac: str) -> None:
         (wire.attribute(7, b"\1\0\0\0"), " vni 1"),
     ):
         data = kernel + tail + wire.attribute(3, bytes(16))
-        found = wire.decode_neighbour(data, 0, len(data), "flannel.1")
+        found = wire.decode_neighbour(data, 0, len(data), "flannel.1", NAMES)
         assert found == (record.key, FdbEntry("flannel.1", mac, address + suffix))
+    pinned = wire.fdb_body(record, INDEX, 3)
+    for data, via in ((pinned, "eth1"), (wire.fdb_body(record, INDEX, 99), "99")):
+        found = wire.decode_neighbour(data, 0, len(data), "flannel.1", NAMES)
+        assert found == (record.key, FdbEntry("flannel.1", mac, address, via))
+    assert attributes(parsed(ndmsg, pinned))["NDA_IFINDEX"] == 3
     removal = parsed(ndmsg, wire.fdb_body(record, INDEX, remove=True))
     assert "NDA_DST" not in attributes(removal) and attributes(removal)["NDA_LLADDR"] == mac
 
@@ -155,7 +160,7 @@ def test_forwarding_entries(address: str, mac: str) -> None:
 )
 def test_which_forwarding_entries_count(state: int, flags: int, mac: str, expected: str) -> None:
     body = wire.NDMSG.pack(7, 0, 0, INDEX, state, flags, 0) + wire.fdb_body(FdbEntry("x", mac, "192.0.2.1"), INDEX)[12:]
-    found = wire.decode_neighbour(body, 0, len(body), "flannel.1")
+    found = wire.decode_neighbour(body, 0, len(body), "flannel.1", NAMES)
     assert (found is None, found is not None and found[1] is not None) == (expected == "nothing", expected == "record")
 
 

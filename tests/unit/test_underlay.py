@@ -22,7 +22,7 @@ V4 = (4,)
 
 
 def test_the_default_routes_interface_is_the_default():
-    view = View((LO, ETH0, ETH1), {4: RouteLookup("eth0", "10.0.2.2", None)})
+    view = View((LO, ETH0, ETH1), {4: (RouteLookup("eth0", "10.0.2.2", None),)})
     chosen = choose_underlay(view, Choice(V4))
     assert (chosen.name, chosen.local[4], chosen.public[4]) == ("eth0", IPv4Address("10.0.2.15"), chosen.local[4])
     assert chosen.prefixes == (IPv4Network("10.0.2.0/24"),)
@@ -30,7 +30,7 @@ def test_the_default_routes_interface_is_the_default():
 
 @pytest.mark.parametrize("iface", ["eth1", "192.168.56.10"])
 def test_iface_by_name_or_address(iface):
-    view = View((LO, ETH0, ETH1), {4: RouteLookup("eth0", "10.0.2.2", None)})
+    view = View((LO, ETH0, ETH1), {4: (RouteLookup("eth0", "10.0.2.2", None),)})
     chosen = choose_underlay(view, Choice(V4, iface=(iface,)))
     assert (chosen.name, chosen.mtu, chosen.local[4]) == ("eth1", 9000, IPv4Address("192.168.56.10"))
 
@@ -61,14 +61,14 @@ def test_can_reach_nothing_says_so():
 
 @pytest.mark.field_problem(21)
 def test_a_public_address_that_is_not_local_is_published_and_never_bound():
-    view = View((ETH0,), {4: RouteLookup("eth0", "10.0.2.2", None)})
+    view = View((ETH0,), {4: (RouteLookup("eth0", "10.0.2.2", None),)})
     chosen = choose_underlay(view, Choice(V4, public={4: IPv4Address("203.0.113.7")}))
     assert chosen.local[4] == IPv4Address("10.0.2.15")
     assert chosen.public[4] == IPv4Address("203.0.113.7")
 
 
 def test_a_public_address_that_is_local_chooses_its_interface():
-    view = View((ETH0, ETH1), {4: RouteLookup("eth0", "10.0.2.2", None)})
+    view = View((ETH0, ETH1), {4: (RouteLookup("eth0", "10.0.2.2", None),)})
     chosen = choose_underlay(view, Choice(V4, public={4: IPv4Address("192.168.56.10")}))
     assert (chosen.name, chosen.local[4]) == ("eth1", IPv4Address("192.168.56.10"))
 
@@ -97,14 +97,14 @@ def test_no_match_names_what_was_asked_for():
 
 
 def test_a_missing_family_is_an_error_that_names_it():
-    view = View((ETH0,), {4: RouteLookup("eth0", "10.0.2.2", None)})
+    view = View((ETH0,), {4: (RouteLookup("eth0", "10.0.2.2", None),)})
     with pytest.raises(UnderlayError, match=r"interface eth0 has no usable IPv6 address|no IPv6 address") as caught:
         choose_underlay(View((interface("eth0", "10.0.2.15/24"),), view.default), Choice((4, 6)))
     assert "EnableIPv6" in str(caught.value)
 
 
 def test_dual_stack_with_two_uplinks_takes_the_one_that_has_both():
-    default = {4: RouteLookup("eth0", "10.0.2.2", None), 6: RouteLookup("eth1", "fd00::1", None)}
+    default = {4: (RouteLookup("eth0", "10.0.2.2", None),), 6: (RouteLookup("eth1", "fd00::1", None),)}
     only4 = interface("eth0", "10.0.2.15/24")
     chosen = choose_underlay(View((only4, ETH1), default), Choice((4, 6)))
     assert (chosen.name, chosen.local[6]) == ("eth1", IPv6Address("fd00::10"))
@@ -118,13 +118,23 @@ def test_global_before_link_local_permanent_before_temporary_and_never_deprecate
         InterfaceAddress("2001:db8::1:2/64", permanent=False, temporary=True),
         InterfaceAddress("2001:db8::5/64"),
     )
-    view = View((crowded,), {6: RouteLookup("eth0", "fe80::9", None)})
+    view = View((crowded,), {6: (RouteLookup("eth0", "fe80::9", None),)})
     assert choose_underlay(view, Choice((6,))).local[6] == IPv6Address("2001:db8::5")
 
 
 def test_a_default_route_that_moves_does_not_move_the_tunnels_while_their_interface_serves():
-    view = View((ETH0, ETH1), {4: RouteLookup("eth1", "192.168.56.1", None)})
+    view = View((ETH0, ETH1), {4: (RouteLookup("eth1", "192.168.56.1", None),)})
     assert choose_underlay(view, Choice(V4, current="eth0")).name == "eth0"
     down = interface("eth0", "10.0.2.15/24", up=False)
     assert choose_underlay(View((down, ETH1), view.default), Choice(V4, current="eth0")).name == "eth1"
     assert choose_underlay(view, Choice(V4, iface=("eth1",), current="eth0")).name == "eth1"
+
+
+@pytest.mark.field_problem(34)
+def test_packets_are_pinned_to_an_interface_whose_default_route_is_not_the_one_in_use():
+    first, second = RouteLookup("eth0", "10.0.2.2", None), RouteLookup("eth1", "192.168.56.1", None)
+    both = View((ETH0, ETH1), {4: (first, second)})
+    assert choose_underlay(both, Choice(V4, iface=("eth1",))).pinned == {4}
+    assert choose_underlay(both, Choice(V4)).pinned == set()
+    # Without a way out of its own, the interface would lose what the routing table still brings there.
+    assert choose_underlay(View((ETH0, ETH1), {4: (first,)}), Choice(V4, iface=("eth1",))).pinned == set()
