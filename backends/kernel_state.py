@@ -361,7 +361,8 @@ class Scope:
     ``devices`` are the devices that we want, by name; devices that a flannel of any backend names its own
     (``is_flannel_device``) are observed, too, so that a backend switch can remove them. ``networks`` are the CIDRs
     inside which main-table routes concern us. ``firewall`` and ``sysctls`` are what we want, since those are read by
-    name; ``instance`` is the name of a second daemon on this host, "" for the first.
+    name; ``instance`` is the name of a second daemon on this host, "" for the first. ``sources`` are the addresses that
+    our tunnels start at.
     """
 
     devices: frozenset[str] = frozenset()
@@ -369,6 +370,7 @@ class Scope:
     instance: str = ""
     firewall: tuple[Firewall, ...] = ()
     sysctls: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,7 +252,11 @@ class LeaseKeeper:
                 f"this node's subnet {lease.subnet or lease.ipv6_subnet} lies outside the configured network; the old"
                 " network keeps running here: drain the node, delete its lease, and restart flanneld"
             )
+        standing = self._board.standing
+        moved = standing is not None and standing.host.underlay.local != underlay.local
         self._stand(config, backend, underlay, lease)
+        if moved:
+            self._store.reconnect()
         seen = self._seen(lease)
         if self._lost or seen is None:
             self._base = self._board.snapshot

@@ -196,6 +196,9 @@ class EtcdStore:
     def watch(self) -> Iterator[LeaseSnapshot]:
         return self._watch.snapshots()
 
+    def reconnect(self) -> None:
+        self._connection.reconnect(self._watch.reopen)
+
     def close(self) -> None:
         if self._closed.is_set():
             return

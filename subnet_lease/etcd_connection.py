@@ -37,8 +37,7 @@ CALL_TIMEOUT: Final = 5.0
 
 _CHANNEL_OPTIONS: Final = {
     # A dead connection is found within 13 s; etcd refuses pings more often than every 5 s. gRPC makes the timeout the
-    # socket's TCP_USER_TIMEOUT, too: a call on a connection whose source address was taken away fails after so long, and
-    # the new address is to be published within five seconds.
+    # socket's TCP_USER_TIMEOUT, too: a call on a connection whose source address was taken away fails after so long.
     "grpc.keepalive_time_ms": 10_000,
     "grpc.keepalive_timeout_ms": 3_000,
     "grpc.http2.max_pings_without_data": 0,
@@ -48,6 +47,8 @@ _CHANNEL_OPTIONS: Final = {
     "grpc.max_reconnect_backoff_ms": 2_000,
     # 4 MB is some 12,000 leases.
     "grpc.max_receive_message_length": -1,
+    # Else a new channel would take over the connections of the one that it replaces (``reconnect``).
+    "grpc.use_local_subchannel_pool": 1,
     # etcd is never behind a web proxy, but a node's environment often names one.
     "grpc.enable_http_proxy": 0,
 }
@@ -108,21 +109,30 @@ class EtcdConnection:
         self._watched: Any = None
         self._login_lock = threading.Lock()
         # Without TLS files for https endpoints gRPC uses the roots that it brings along; flannel uses the system's.
-        credentials = _credentials(keyfile, certfile, cafile) if any(secure for secure, _, _ in parsed) else None
+        self._credentials = _credentials(keyfile, certfile, cafile) if any(secure for secure, _, _ in parsed) else None
+        self._endpoints = parsed
+        self._attempts = len(parsed)
+        self._client = self._new_client(timeout)
+        self._set_token(None)
+
+    def _new_client(self, timeout: float) -> Any:
         # A failed endpoint is passed over for a while, in favour of the others; alone, it is tried again at once.
-        pause = 5.0 if len(parsed) > 1 else 0.0
-        self._client = etcd3.MultiEndpointEtcd3Client(
+        pause = 5.0 if len(self._endpoints) > 1 else 0.0
+        return etcd3.MultiEndpointEtcd3Client(
             [
                 etcd3.Endpoint(
-                    host, port, secure=secure, creds=credentials, time_retry=pause, opts=list(_CHANNEL_OPTIONS.items())
+                    host,
+                    port,
+                    secure=secure,
+                    creds=self._credentials,
+                    time_retry=pause,
+                    opts=list(_CHANNEL_OPTIONS.items()),
                 )
-                for secure, host, port in parsed
+                for secure, host, port in self._endpoints
             ],
             timeout=timeout,
             failover=True,
         )
-        self._attempts = len(parsed)
-        self._set_token(None)
 
     def __repr__(self) -> str:
         return f"EtcdConnection({self._names})"
@@ -211,6 +221,14 @@ class EtcdConnection:
             self._forget_token(self._client.metadata)
             return self._denied("watch", reason)
         return StoreUnavailable(f"etcd cancelled the watch: {_short(reason) or 'no reason given'}")
+
+    def reconnect(self, leave: Callable[[], None]) -> None:
+        """Calls go over new connections from now on; the old ones are closed once ``leave`` has left them."""
+        old, fresh = self._client, self._new_client(self._client.timeout)
+        fresh.metadata = old.metadata
+        self._client = fresh
+        leave()
+        old.close()
 
     def hurry(self) -> None:
         """From now on one short attempt for each call: we are about to close."""

@@ -32,12 +32,13 @@ STORM: Final = 0.005
 
 
 class StreamEnded(Exception):
-    """The watch stream is over; ``error`` says why."""
+    """The watch stream is over; ``error`` says why. ``compacted`` calls for a new list; ``left`` is our own wish."""
 
-    def __init__(self, error: StoreError, compacted: bool = False) -> None:
+    def __init__(self, error: StoreError, *, compacted: bool = False, left: bool = False) -> None:
         super().__init__(str(error))
         self.error = error
         self.compacted = compacted
+        self.left = left
 
 
 class WatchStream:
@@ -87,7 +88,7 @@ class WatchStream:
         if isinstance(item, StreamEnded):
             raise item
         if item.compact_revision:
-            raise StreamEnded(StoreUnavailable("etcd has compacted the revision that the watch wanted"), True)
+            raise StreamEnded(StoreUnavailable("etcd has compacted the revision that the watch wanted"), compacted=True)
         if item.canceled:
             raise StreamEnded(self._connection.watch_refused(item.cancel_reason))
         return item
@@ -96,9 +97,9 @@ class WatchStream:
         """Ask for a sign of life; it arrives as a response without events."""
         self._requests.put(etcdrpc.WatchRequest(progress_request=etcdrpc.WatchProgressRequest()))
 
-    def wake(self) -> None:
-        """Make ``next`` return, from another thread."""
-        self._responses.put(StreamEnded(StoreUnavailable("closed")))
+    def leave(self) -> None:
+        """Make ``next`` end the stream, from another thread."""
+        self._responses.put(StreamEnded(StoreUnavailable("closed"), left=True))
 
     def close(self) -> None:
         self._requests.put(None)  # ends gRPC's thread that reads the requests
@@ -135,9 +136,13 @@ class SnapshotWatch:
 
     def close(self) -> None:
         self._closed.set()
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Leave the present stream for a new one, from another thread; nothing is missed."""
         stream = self._stream
         if stream is not None:
-            stream.wake()
+            stream.leave()
 
     def snapshots(self) -> Iterator[LeaseSnapshot]:
         pause = BACKOFF[0]
@@ -150,8 +155,8 @@ class SnapshotWatch:
             except (StreamEnded, StoreError) as failure:
                 if self._closed.is_set():
                     return
-                if isinstance(failure, StreamEnded) and failure.compacted:
-                    self._relist = True
+                if isinstance(failure, StreamEnded) and (failure.compacted or failure.left):
+                    self._relist = self._relist or failure.compacted
                     continue
                 self._status.failed(failure.error if isinstance(failure, StreamEnded) else failure)
             if self._table.expire():

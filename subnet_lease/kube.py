@@ -166,6 +166,14 @@ class KubeStore:
         if self._set_condition:
             self._condition.report(ready, reasons, time.monotonic())
 
+    def reconnect(self) -> None:
+        self._api.renew(self._leave_watches)
+
+    def _leave_watches(self) -> None:
+        for watch in (self._nodes, self._policies):
+            if watch is not None:
+                watch.reopen()
+
     def close(self) -> None:
         self._closed.set()
         self._wake.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -36,13 +37,18 @@ class Connection:
         if mark is not None and mark != self._mark:
             self._mark = mark
             try:
-                before, self._api = self._api, Api(credentials(self._kubeconfig, self._api_url))
-                # An open watch ends with it, and is opened again by the thread that reads it.
-                before.close()
+                # An open watch ends with the old connection, and is opened again by the thread that reads it.
+                self.renew()
                 _log.info("the kubeconfig has changed and is used", file=self._kubeconfig)
             except SetupError as error:
                 _log.warning("the changed kubeconfig is not used", error=str(error))
         return self._api
+
+    def renew(self, leave: Callable[[], None] = lambda: None) -> None:
+        """Connect anew, with what the files say now; the old connections are closed once ``leave`` has left them."""
+        before, self._api = self._api, Api(credentials(self._kubeconfig, self._api_url))
+        leave()
+        before.close()
 
     def _file_mark(self) -> tuple[int, int] | None:
         if not self._kubeconfig:

@@ -52,6 +52,10 @@ class PolicyNotice:
         self._wake.set()
         self._watch.close()
 
+    def reopen(self) -> None:
+        """Leave the present connection for a new one."""
+        self._watch.reopen()
+
     def relisted(self, objects: Iterable[NetworkPolicy]) -> None:
         found = {_key(policy): policy.spec.pod_selector for policy in objects}
         self._due.update(key for key, selector in found.items() if self._policies.get(key) != selector)

@@ -102,20 +102,21 @@ class ListWatch(Generic[Watched]):
     def relist(self) -> None:
         """List again soon, whatever the watch is doing."""
         self._wanted.set()
-        self._interrupt()
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Leave the present watch for a new one that goes on where it was."""
+        watch = self._watch
+        if watch is not None:
+            watch.close()
 
     def close(self) -> None:
         self._closed.set()
-        self._interrupt()
+        self.reopen()
 
     def join(self, timeout: float) -> None:
         if self._thread.is_alive():
             self._thread.join(timeout)
-
-    def _interrupt(self) -> None:
-        watch = self._watch
-        if watch is not None:
-            watch.close()
 
     def _run(self) -> None:
         delay = _FIRST_DELAY

@@ -137,7 +137,7 @@ class StoreStatus(Protocol):
 
 
 class LeaseStore(Protocol):
-    """Seven verbs. Implementations: ``subnet_lease.etcd``, ``subnet_lease.kube``."""
+    """What the daemon asks. Implementations: ``subnet_lease.etcd``, ``subnet_lease.kube``."""
 
     @property
     def status(self) -> StoreStatus: ...
@@ -165,6 +165,9 @@ class LeaseStore(Protocol):
 
     def watch(self) -> Iterator[LeaseSnapshot]:
         """Complete snapshots, the first one at once, until ``close``. Survives everything; never raises."""
+
+    def reconnect(self) -> None:
+        """This host's address has changed: leave connections that start at the old one before they time out."""
 
     def report(self, ready: bool, reasons: tuple[str, ...]) -> None:
         """Tell the store whether this node's data path works (Kubernetes' NetworkUnavailable); etcd: nothing."""

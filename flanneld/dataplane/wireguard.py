@@ -1,9 +1,11 @@
 """WireGuard devices and their peers, whoever encrypts: the kernel's module where there is one, else wireguard-go.
 
-Two things are special. Nobody tells when a peer changes, so devices are read on a schedule. And an endpoint may
-differ from the lease's for a good reason: WireGuard follows a peer that roams or sits behind NAT. So a roamed endpoint
-counts as the desired one while handshakes are fresh, and is put back when they are stale (field problem 32): the peer
-is then not where it was last heard, and the lease is the best guess.
+Three things are special. Nobody tells when a peer changes, so devices are read on a schedule. An endpoint may differ
+from the lease's for a good reason: WireGuard follows a peer that roams or sits behind NAT. So a roamed endpoint counts
+as the desired one while handshakes are fresh, and is put back when they are stale (field problem 32): the peer is then
+not where it was last heard, and the lease is the best guess. And wireguard-go goes on sending from an address that this
+host has lost (the kernel answers ENETUNREACH where it expects EINVAL), so when the tunnels' own address changes, every
+endpoint is set again.
 """
 
 from __future__ import annotations
@@ -64,6 +66,9 @@ class WireguardHandler:
         self._clock = clock
         self._devices: dict[str, _Device] = {}
         self._pinned: dict[Key, str] = {}
+        self._sources: tuple[str, ...] = ()
+        self._clinging: set[Key] = set()
+        """Peers that may still be sent to from an address that is gone."""
         self._links: dict[str, Link] = {}
         self._status: dict[str, dict[str, Any]] = {}
         self._answer: Mapping[Key, Record] = {}
@@ -76,7 +81,7 @@ class WireguardHandler:
             return isinstance(record.settings, Wireguard)
         return isinstance(record, WireguardPeer)
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:  # noqa: ARG002 - links say it all
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:
         relevant = {name: link for name, link in links.items() if _may_be_wireguard(link)}
         if relevant != self._links or self._ticker.ticked():
             self._look = True
@@ -84,6 +89,7 @@ class WireguardHandler:
             self._links = relevant
             self._read_all()
             self._look = self._answer_current = False
+        self._follow_sources(scope.sources)
         if not self._answer_current:
             answer = self._render()
             if answer != self._answer:
@@ -151,6 +157,19 @@ class WireguardHandler:
         if devices:
             self._ticker.run(min((time.thread_time() - start) / LOOK_SHARE, LOOK_LIMIT))
 
+    def _follow_sources(self, sources: tuple[str, ...]) -> None:
+        if not sources or sources == self._sources:
+            return
+        if self._sources:
+            self._clinging = {
+                (WireguardPeer.kind, name, public_key)
+                for name, device in self._devices.items()
+                if device.engine.clings_to_source
+                for public_key in device.state.peers
+            }
+            self._answer_current = False
+        self._sources = sources
+
     def _render(self) -> dict[Key, Record]:
         records: dict[Key, Record] = {}
         for name, device in self._devices.items():
@@ -181,6 +200,8 @@ class WireguardHandler:
 
     def _record(self, dev: str, public_key: str, peer: PeerState) -> WireguardPeer:
         record = WireguardPeer(dev, public_key, peer.endpoint, peer.allowed_ips, peer.keepalive, peer.preshared_key)
+        if record.key in self._clinging:
+            return replace(record, endpoint="")
         pinned = self._pinned.get(record.key)
         if pinned is not None and pinned != peer.endpoint and self._fresh(peer):
             return replace(record, endpoint=pinned)
@@ -280,9 +301,12 @@ class WireguardHandler:
                 keepalive=want.keepalive,
                 preshared_key=want.preshared_key,
             )
+        endpoint = want.endpoint if self._must_pin(want, have) else None
+        if endpoint is None and want.key in self._clinging:
+            endpoint = have.endpoint or want.endpoint
         return PeerWrite(
             want.public_key,
-            endpoint=want.endpoint if self._must_pin(want, have) else None,
+            endpoint=endpoint,
             allowed_ips=want.allowed_ips if want.allowed_ips != have.allowed_ips else None,
             keepalive=want.keepalive if want.keepalive != have.keepalive else None,
             preshared_key=(want.preshared_key or "") if want.preshared_key != have.preshared_key else None,
@@ -303,6 +327,7 @@ class WireguardHandler:
         """Take over an acknowledged write."""
         want = change.record
         assert isinstance(want, WireguardPeer)
+        self._clinging.discard(want.key)
         if change.op == "remove":
             state.peers.pop(want.public_key, None)
             self._pinned.pop(want.key, None)

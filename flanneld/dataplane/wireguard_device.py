@@ -51,6 +51,9 @@ class Engine(Protocol):
 
     name: str
     """As status shows it: "kernel" or "wireguard-go"."""
+    clings_to_source: bool
+    """Whether a peer's packets leave from the address that the last one came to, although it is gone, until its
+    endpoint is set anew or the peer is heard of again."""
 
     def create(self, dev: str) -> None:
         """Make the device. Raises NotHere where this implementation cannot work."""

@@ -31,6 +31,7 @@ class Kernel:
     """Engine over the kernel module."""
 
     name = "kernel"
+    clings_to_source = False
 
     def __init__(self) -> None:
         self._netlink: Netlink | None = None

@@ -51,6 +51,7 @@ class Userspace:
     """Engine over wireguard-go."""
 
     name = "wireguard-go"
+    clings_to_source = True
 
     def __init__(self, sockets: Path = SOCKETS, private_sockets: Path = PRIVATE_SOCKETS) -> None:
         self._sockets = sockets

@@ -62,6 +62,22 @@ def test_expired_and_deleted_leases_go(network: Network) -> None:
     wait_until(lambda: follower.keys == set())
 
 
+def test_new_connections_miss_nothing_and_are_no_failure(network: Network) -> None:
+    first = put(network, 1)
+    store = network.store()
+    follower = network.follow(store)
+    wait_until(lambda: follower.keys == {first})
+    with capture_logs() as lines:
+        for number in range(2, 6):
+            put(network, number)
+            store.reconnect()
+            put(network, number + 10)
+        wait_until(lambda: len(follower.keys) == 9)
+    assert store.read_config()
+    assert not store.status.errors and store.status.last_error is None
+    assert not lines
+
+
 @pytest.mark.field_problem(5)
 def test_bad_keys_and_values_withdraw_nothing(network: Network) -> None:
     good = put(network, 1)

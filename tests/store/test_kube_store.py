@@ -614,6 +614,17 @@ def test_a_swapped_config_map_takes_effect_and_a_bad_one_does_not(fake, make_sto
     wait_until(lambda: fake.events("FlannelConfigInvalid"), message="an Event about the bad one")
 
 
+def test_new_connections_miss_nothing_and_are_no_failure(fake, make_store):
+    fake.add_node("n2", "10.244.2.0/24", annotations=peer_annotations("192.0.2.2", "02:00:00:00:00:02"))
+    store = make_store(fake)
+    watcher = Watcher(store)
+    watcher.sees("10.244.2.0-24")
+    store.reconnect()
+    fake.add_node("n3", "10.244.3.0/24", annotations=peer_annotations("192.0.2.3", "02:00:00:00:00:03"))
+    watcher.sees("10.244.2.0-24", "10.244.3.0-24")
+    assert not store.status.errors and store.status.last_error is None
+
+
 def test_turning_a_family_on_reads_every_node_again(fake, make_store, net_conf):
     both = peer_annotations("192.0.2.2", "02:00:00:00:00:02") | {PREFIX + "public-ipv6": "2001:db8::2"}
     fake.add_node("n2", "10.244.2.0/24", "fd00:10:0:2::/64", annotations=both)

@@ -92,7 +92,7 @@ class Containerd(Runtime):
         super().__init__(host, plugin, configuration)
         self.socket = self.directory / "c.sock"
         # runc keeps its state outside of our directories, by containerd's namespace.
-        self.namespace = self.directory.name
+        self.namespace = self.directory.name.replace("_", "0")  # containerd takes no underscore at the end
         config = self.directory / "config.toml"
         config.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
         self.process = host.ns.start([

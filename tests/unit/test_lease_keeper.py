@@ -15,7 +15,7 @@ from flanneld.lease_keeper import LeaseKeeper
 from flanneld.options import parse
 from flanneld.status import Health
 from flanneld.underlay import View
-from subnet_lease.lease import Lease, LeaseSnapshot
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import ConfigInvalid, LeaseLost, LeaseRequest, NodeHints, StoreUnavailable
 
@@ -28,6 +28,7 @@ class MemoryStore:
         self.broken: Exception | None = None
         self.renewals = 0
         self.claims = 0
+        self.connections = 1
 
     def _answer(self) -> None:
         if self.broken is not None:
@@ -58,6 +59,9 @@ class MemoryStore:
     def publish(self, lease: Lease, attrs: object) -> Lease:
         raise AssertionError("nothing to publish")
 
+    def reconnect(self) -> None:
+        self.connections += 1
+
 
 NETWORK = '{"Network":"10.5.0.0/16"}'
 
@@ -83,9 +87,9 @@ class Node:
         self.board.snapshot = LeaseSnapshot(parsed, {lease.key: lease}, lease.revision)
 
 
-def view(*, mtu: int = 1500, up: bool = True) -> View:
-    address = InterfaceAddress("192.168.9.2/24")
-    eth0 = Interface("eth0", 2, mtu=mtu, mac="02:00:00:00:00:02", up=up, addresses=(address,))
+def view(*, mtu: int = 1500, up: bool = True, address: str = "192.168.9.2") -> View:
+    addresses = (InterfaceAddress(f"{address}/24"),)
+    eth0 = Interface("eth0", 2, mtu=mtu, mac="02:00:00:00:00:02", up=up, addresses=addresses)
     return View((eth0,), {4: (RouteLookup("eth0", None, "192.168.9.2"),)} if up else {})
 
 
@@ -138,6 +142,23 @@ def test_the_lease_is_renewed_whatever_else_is_wrong(node: Node, spoil, conditio
     assert node.health.reason(condition)
     assert node.board.standing is standing, "the old data path stays"
     assert node.store.renewals > renewals, "an expired lease is free for another node"
+
+
+@pytest.mark.field_problem(22)
+def test_connections_from_an_address_that_is_gone_are_left_before_the_new_one_is_published(node: Node) -> None:
+    published: list[int] = []
+
+    def publish(lease: Lease, attrs: LeaseAttrs) -> Lease:
+        published.append(node.store.connections)
+        return replace(lease, attrs=attrs)
+
+    node.store.publish = publish  # type: ignore[method-assign]
+    assert node.step() and node.store.connections == 1
+    node.board.view = view(address="192.168.9.77")
+    assert node.step() and node.step()
+    assert published == [2] and node.store.connections == 2
+    assert node.board.standing is not None
+    assert node.board.standing.host.underlay.local[4] == IPv4Address("192.168.9.77")
 
 
 def test_a_lease_lost_meanwhile_is_told(node: Node) -> None:

@@ -38,6 +38,7 @@ class MemoryEngine:
     """Keeps devices as a kernel would, and counts what it is asked."""
 
     name: str = "memory"
+    clings_to_source: bool = True
     devices: dict[str, DeviceState] = field(default_factory=dict)
     reads: int = 0
     written: list[PeerWrite] = field(default_factory=list)
@@ -85,12 +86,13 @@ class Bench:
     def __init__(self) -> None:
         self.engine, self.now = MemoryEngine(), 1000.0
         self.handler = WireguardHandler((self.engine,), clock=lambda: self.now, look_seconds=3600)
+        self.sources: tuple[str, ...] = ()
 
     def links(self) -> dict[str, Link]:
         return {name: Link(name, Foreign("wireguard"), 1420) for name in self.engine.devices}
 
     def observe(self) -> Mapping[Key, Record]:
-        return self.handler.observe(Scope(), self.links())
+        return self.handler.observe(Scope(sources=self.sources), self.links())
 
     def converge(self, *records: Record) -> list[Change]:
         """One pass; what it changed. A look at everything first, as after a tick."""
@@ -177,6 +179,22 @@ def test_a_changed_lease_is_followed_though_handshakes_are_fresh(bench: Bench) -
     bench.peer("p1").handshake = bench.now
     bench.converge(LINK, peer(endpoint="192.0.2.7:51820"))
     assert bench.peer("p1").endpoint == "192.0.2.7:51820"
+
+
+@pytest.mark.field_problem(22)
+@pytest.mark.parametrize("clings", [True, False])
+def test_a_changed_address_of_ours_is_told_to_an_engine_that_clings_to_the_old_one(bench: Bench, clings: bool) -> None:
+    bench.engine.clings_to_source = clings
+    bench.sources = ("192.0.2.9",)
+    bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24"))
+    bench.peer("p2").endpoint, bench.peer("p2").handshake = "198.51.100.9:4444", bench.now
+    assert bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24")) == []
+    bench.engine.written.clear()
+    bench.sources = ("192.0.2.10",)
+    bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24"))
+    written = {(write.public_key, write.endpoint) for write in bench.engine.written}
+    assert written == ({("p1", "192.0.2.1:51820"), ("p2", "198.51.100.9:4444")} if clings else set())
+    assert bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24")) == []
 
 
 def test_one_refused_peer_among_many_is_the_only_failure(bench: Bench) -> None:
