@@ -80,6 +80,11 @@ class Vxlan:
     def mtu(self, underlay: Underlay, families: tuple[Family, ...]) -> int:
         overhead = max((OVERHEAD[family] for family in families), default=OVERHEAD[4])
         base = self.options.MTU or underlay.mtu
+        if base > underlay.mtu:
+            raise BackendError(
+                f"vxlan backend: MTU {base} is more than {underlay.name}'s {underlay.mtu}, and the kernel makes no such"
+                f" device; lower it, leave it out, or raise that of {underlay.name} on every node"
+            )
         smallest = max((MINIMUM_MTU[family] for family in families), default=MINIMUM_MTU[4])
         if base - overhead < smallest:
             raise BackendError(

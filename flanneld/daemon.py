@@ -201,9 +201,9 @@ class Daemon:
             self.health.warn("host", host_warnings(standing.host.families, iptables=iptables))
 
     def _health_changed(self) -> None:
-        ready, reasons = self.health.ready, self.health.reasons
+        reasons = self.health.reasons
         self.outputs.write_status()
-        if ready:
+        if not reasons:
             lease = self.board.lease
             subnet = (lease.subnet or lease.ipv6_subnet) if lease else None
             notify("READY=1", f"STATUS=ready, subnet {subnet}")

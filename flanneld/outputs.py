@@ -21,7 +21,7 @@ STATUS_FILE = "flanneld-status.json"
 
 
 class Outputs:
-    """Writes when something changed, and only then."""
+    """Writes when something changed, or when somebody took away what was written; only then."""
 
     def __init__(self, options: Options, board: Board, health: Health) -> None:
         self._subnet_file = Path(options.subnet_file)
@@ -30,38 +30,56 @@ class Outputs:
         self._board = board
         self._health = health
         self._written: Standing | None = None
+        self._marks: tuple[object, ...] = ()
         self._lock = threading.Lock()
+        self._subnet_problem: str | None = None
+        self._status_problem: str | None = None
 
     def data_path_stands(self, standing: Standing) -> None:
-        """Write subnet.env, once the kernel has what it promises (from the reconciler's thread)."""
-        if standing is self._written:
+        """Write subnet.env, once the kernel has what it promises (from the reconciler's thread, at every look)."""
+        if standing is self._written and self._marks == self._look():
             return
-        wrote = False
+        self._subnet_problem = self._write_subnet_file(standing)
+        self._judge()
+        if self._subnet_problem is None:
+            self._written = standing
+            self.write_status()
+            self._marks = self._look()
+
+    def _look(self) -> tuple[object, ...]:
+        """What tells that our files are still those that we wrote. The status file's content is nobody's but ours."""
+        return _mark(self._subnet_file), self._status_file.exists()
+
+    def _write_subnet_file(self, standing: Standing) -> str | None:
+        """What went wrong, None if nothing."""
+        where = f"--subnet-file={self._subnet_file}"
         try:
             subnet_file.write(self._subnet_file, subnet_env(standing, self._options.ip_masq))
-            wrote = True
             if self._options.cni_conf:
                 from flanneld.ctl.cni_conf import write_conflist
 
+                where = f"--cni-conf={self._options.cni_conf}"
                 write_conflist(Path(self._options.cni_conf), self._subnet_file)
         except OSError as error:
-            where = f"--cni-conf={self._options.cni_conf}" if wrote else f"--subnet-file={self._subnet_file}"
-            self._health.set("subnet_file", f"cannot write {where}: {error.strerror}; mend that, or choose another")
-            return
+            return f"cannot write {where}: {error.strerror}; mend that, or choose another"
         except ValueError as error:
-            self._health.set("subnet_file", f"cannot write --cni-conf={self._options.cni_conf}: {error}")
-            return
-        self._written = standing
-        self._health.set("subnet_file", None)
-        self.write_status()
+            return f"cannot write {where}: {error}"
+        return None
 
     def write_status(self) -> None:
-        """Write the status file; a failure is no fault of the network and shows in subnet.env's place anyway."""
+        """Write the status file, from any thread."""
+        problem = None
         with self._lock:
             try:
                 write_status_file(self._status_file, self.summary())
             except OSError as error:
-                self._health.set("subnet_file", f"cannot write {self._status_file}: {error.strerror}")
+                problem = f"cannot write {self._status_file}: {error.strerror}"
+        if problem != self._status_problem:
+            self._status_problem = problem
+            self._judge()  # without the lock: a condition that changes is written to this file
+
+    def _judge(self) -> None:
+        self._health.set("subnet_file", self._subnet_problem or self._status_problem)
 
     def stopped(self) -> None:
         """Say that nobody keeps this up any more; the subnet stays valid."""
@@ -99,6 +117,14 @@ class Outputs:
             "vtep_mac": host.facts.get("vtep_mac"),
             **_underlay(host.underlay),
         }
+
+
+def _mark(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _underlay(underlay: Underlay) -> dict[str, Any]:

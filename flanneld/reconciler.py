@@ -78,7 +78,7 @@ class PassResult:
     blind: str = ""
     """Why the kernel could not be observed, "" when it could."""
     complete: bool = False
-    """Whether a desired state was known and is now true."""
+    """Whether a desired state was known and is now true, as far as a look after the last write tells."""
     full: bool = False
 
 
@@ -194,7 +194,7 @@ class Reconciler:
         repairs: tuple[Change, ...] = ()
         if progress.settled and wanted.changed is not None:
             repairs = tuple(c for c in done if c.record.key not in wanted.changed)
-        complete = not progress.failed
+        complete = not progress.failed and not progress.dirty
         progress.settled = progress.settled or complete
         return PassResult(
             changes=done,

@@ -131,6 +131,12 @@ def test_a_peer_that_cannot_be_is_refused_with_the_reason(found, says):
         list(Vxlan({}).peer_state(here(), found))
 
 
+@pytest.mark.field_problem(17)
+def test_an_mtu_above_the_underlays_is_refused_with_both_numbers():
+    with pytest.raises(BackendError, match="MTU 9000 is more than eth0's 1500"):
+        Vxlan({"MTU": 9000}).mtu(here().underlay, (4,))
+
+
 def test_a_mac_in_capitals_is_the_same_mac():
     records = list(Vxlan({}).peer_state(here(), peer(mac="02:AB:00:00:00:02")))
     assert records[0] == FdbEntry("flannel.1", "02:ab:00:00:00:02", str(peer().attrs.public_ip))

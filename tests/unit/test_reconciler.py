@@ -105,6 +105,7 @@ def test_a_device_that_comes_back_ends_the_wait():
     world.run()
     world.kernel.refuse = set()
     world.kernel.interfere(LINK.key, None)
+    assert not world.run().complete, "what was written to a device is looked at once more"
     assert world.run().complete
     assert world.kernel.where("10.1.1.5") == "192.0.2.11"
 
