@@ -117,7 +117,7 @@ class DesiredState:
 
     def _admit(self, lease_key: str, lease: Lease, touched: set[Key]) -> set[Key]:
         """Give a lease its records. What lingers in its way goes at once; those keys are added to ``touched``."""
-        if lease_key == self._own_key or not self.standing.backend.accepts(lease):
+        if self._is_ours(lease_key, lease) or not self.standing.backend.accepts(lease):
             return self._withdraw(lease_key)
         try:
             self._check(lease)
@@ -156,8 +156,16 @@ class DesiredState:
             del self._records[key], self._owner[key]
         return keys
 
+    def _is_ours(self, lease_key: str, lease: Lease) -> bool:
+        """Our lease, or what is left of it for a moment when it has moved to another key (a family turned on or off)."""
+        if lease_key == self._own_key:
+            return True
+        own = self.standing.lease
+        same_node = own.attrs.node is not None and lease.attrs.node == own.attrs.node
+        return same_node and any(lease.subnet_of(f) == s for f, _, s in self._ranges if s is not None)
+
     def _check(self, lease: Lease) -> None:
-        """Refuse a subnet outside the network, or one that overlaps our own."""
+        """Refuse a subnet outside the network, one that overlaps our own, or one that would cut hosts off."""
         for family, network, own in self._ranges:
             subnet = lease.subnet_of(family)
             if subnet is None:
@@ -166,6 +174,22 @@ class DesiredState:
                 raise PeerRefused(f"lease {lease.key} lies outside the network {network}")
             if own is not None and _overlap(subnet, own):
                 raise PeerRefused(f"lease {lease.key} of {_owner_name(lease)} overlaps this node's own subnet {own}")
+            self._check_underlay(lease, family, subnet)
+
+    def _check_underlay(self, lease: Lease, family: Family, subnet: IPNetwork) -> None:
+        """A route to a subnet that holds the hosts themselves would send the tunnel into itself."""
+        underlay = self.standing.host.underlay
+        for prefix in underlay.prefixes:
+            if prefix.version == family and subnet.prefixlen <= prefix.prefixlen and _overlap(subnet, prefix):
+                raise PeerRefused(f"lease {lease.key} covers {prefix}, the network of this host's {underlay.name}")
+        addresses = {
+            "this host's own address": underlay.local.get(family),
+            "this host's public address": underlay.public.get(family),
+            "its owner's public address": lease.attrs.public_ip_of(family),
+        }
+        for whose, address in addresses.items():
+            if address is not None and address in subnet:
+                raise PeerRefused(f"lease {lease.key} covers {address}, {whose}")
 
     def _check_collisions(self, lease_key: str, records: Mapping[Key, Record], touched: set[Key]) -> None:
         for key in records:

@@ -28,6 +28,7 @@ from flanneld.status import WAITING, Health
 from flanneld.traffic_rules import firewalls
 from flanneld.underlay import Choice, UnderlayError, View, choose_underlay
 from subnet_lease import subnet_file
+from subnet_lease.allocation import fits
 from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
 from subnet_lease.store import (
@@ -78,6 +79,9 @@ class LeaseKeeper:
         self._base: LeaseSnapshot | None = None
         """The newest snapshot when we last began to write: what it says of our lease is older than what we know."""
         self._previous = read_previous(Path(options.subnet_file))
+        previous = (self._previous.network, self._previous.ipv6_network)
+        self._networks: list[IPNetwork] = [network for network in previous if network is not None]
+        """All that this node was part of; what is left of those that it is not any more is ours to remove."""
         board.wake_keeper = self.wake
 
     def wake(self) -> None:
@@ -164,7 +168,7 @@ class LeaseKeeper:
         self._health.set("underlay", None)
         backend = self._follow_backend(config)
         # Raises where nothing would fit into the underlay's packets.
-        backend.mtu(underlay, tuple(f for f in FAMILIES if config.network_of(f) is not None))
+        backend.mtu(underlay, _families(config))
         identity = node_identity(self._options.node_name, view.interfaces, underlay)
         lease = self._board.lease
         if lease is None:
@@ -173,6 +177,7 @@ class LeaseKeeper:
             lease = self._follow_lease(config, backend, underlay, identity, lease)
         self._board.refuse = ""
         self._health.set("config", None)
+        self._look_at_range(config, lease)
         pause = self._renew(lease)
         self._health.set("lease", None)
         return pause
@@ -199,7 +204,7 @@ class LeaseKeeper:
     def _follow_backend(self, config: NetworkConfig) -> Backend:
         """The backend of this configuration, made anew only when its part of the configuration changed."""
         backend = self._backend
-        wanted = (config.backend_type, config.backend_options)
+        wanted = (config.backend_type, config.backend_options, _families(config))
         if backend is None or wanted != self._backend_made_of:
             backend = backend_class(config.backend_type)(config.backend_options)
             for key in (*config.unknown_keys, *(f"Backend.{k}" for k in backend.unknown_options)):
@@ -208,7 +213,7 @@ class LeaseKeeper:
             self._facts = {}
         return backend
 
-    _backend_made_of: tuple[str, object] = ("", None)
+    _backend_made_of: tuple[object, ...] = ()
 
     def _first_claim(
         self, config: NetworkConfig, backend: Backend, underlay: Underlay, identity: NodeIdentity, view: View
@@ -218,7 +223,7 @@ class LeaseKeeper:
             public_ipv6=underlay.public.get(6),  # type: ignore[arg-type]
             node=identity,
         )
-        request = LeaseRequest(identity, bare, self._previous_for(config))
+        request = LeaseRequest(identity, bare, self._previous_for(config), avoid=underlay.prefixes)
         own = self._store.find_own(request)
         self._learn_facts(config, backend, underlay, identity, view, own)
         attrs = self._attrs(config, backend, underlay, identity)
@@ -258,20 +263,40 @@ class LeaseKeeper:
         if moved:
             self._store.reconnect()
         seen = self._seen(lease)
-        if self._lost or seen is None:
+        gone, families = self._lost or seen is None, _families(config)
+        if gone or families != lease.families:
             self._base = self._board.snapshot
+            keep = tuple(lease.subnet_of(f) if f in families else None for f in FAMILIES)
             lease = self._store.acquire(
-                config, LeaseRequest(identity, attrs, (lease.subnet, lease.ipv6_subnet), keep=True)
+                config,
+                LeaseRequest(identity, attrs, keep, keep=True, avoid=underlay.prefixes),  # type: ignore[arg-type]
             )
-            log.warning("lease was gone; claimed the same subnet again", subnet=str(lease.subnet or lease.ipv6_subnet))
+            if gone:
+                log.warning("lease was gone; claimed the same subnet again", lease=lease.key)
+            else:
+                log.info("lease follows the address families of the network", lease=lease.key)
             self._lost = False
             self._renew_at = 0.0
-        elif attrs != seen.attrs:
+            self._stand(config, backend, underlay, lease)
+        elif seen is not None and attrs != seen.attrs:
             self._base = self._board.snapshot
             lease = self._store.publish(seen, attrs)
             log.info("published", public_ip=str(attrs.public_ip or attrs.public_ipv6), backend=backend.name)
+        elif seen is not None:
+            lease = seen  # an operator may have made it a reservation, or an ordinary lease again
         self._board.lease = lease
         return lease
+
+    def _look_at_range(self, config: NetworkConfig, lease: Lease) -> None:
+        """Warn of a subnet that a changed configuration would not hand out any more. Kubernetes hands out its own."""
+        text = ""
+        if not self._options.kube_subnet_mgr and not fits(config, (lease.subnet, lease.ipv6_subnet)):
+            text = (
+                f"this node keeps {lease.key}, which the network configuration would not hand out any more (SubnetLen,"
+                f" SubnetMin, SubnetMax): containers live there. To move it: drain the node, stop flanneld, flannelctl"
+                f" release {lease.key}, start flanneld"
+            )
+        self._health.warn("subnet", (text,) if text else ())
 
     def _seen(self, lease: Lease) -> Lease | None:
         """Our lease as the newest snapshot has it; None if it is gone or another node's."""
@@ -326,7 +351,7 @@ class LeaseKeeper:
             instance=self._options.instance,
         )
         old = self._board.standing
-        if old is None or replace(old, lease=lease) != standing:
+        if old is None or old.lease.key != lease.key or replace(old, lease=lease) != standing:
             self._board.standing = standing
             self._board.wake_reconciler()
 
@@ -362,9 +387,9 @@ class LeaseKeeper:
         )
 
     def _former_networks(self, config: NetworkConfig) -> tuple[IPNetwork, ...]:
-        now = {config.network_of(family) for family in FAMILIES}
-        then = (self._previous.network, self._previous.ipv6_network)
-        return tuple(n for n in then if n is not None and n not in now)
+        now = [network for family in FAMILIES if (network := config.network_of(family)) is not None]
+        self._networks += [network for network in now if network not in self._networks]
+        return tuple(network for network in self._networks if network not in now)
 
     @staticmethod
     def _fits(config: NetworkConfig, lease: Lease) -> bool:
@@ -373,6 +398,10 @@ class LeaseKeeper:
             if subnet is not None and network is not None and not subnet.subnet_of(network):  # type: ignore[arg-type]
                 return False
         return True
+
+
+def _families(config: NetworkConfig) -> tuple[Family, ...]:
+    return tuple(family for family in FAMILIES if config.network_of(family) is not None)
 
 
 def read_previous(path: Path) -> subnet_file.SubnetFile:
@@ -395,7 +424,7 @@ def make_choice(options: Options, config: NetworkConfig, hints: NodeHints, curre
         public[6] = hints.public_ipv6
     elif options.public_ipv6:
         public[6] = ip_address(options.public_ipv6)
-    families = tuple(f for f in FAMILIES if config.network_of(f) is not None)
+    families = _families(config)
     return Choice(
         families=families,
         iface=options.iface,

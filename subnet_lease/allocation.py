@@ -93,37 +93,69 @@ def address_in_use(rival: Lease, request: LeaseRequest) -> AddressInUse:
 
 def fits(config: NetworkConfig, subnets: Subnets) -> bool:
     """Whether the configuration would hand out these subnets: right families, right length, inside the range."""
-    for family in FAMILIES:
-        subnet = subnets[0] if family == 4 else subnets[1]
-        if config.network_of(family) is None:
-            if subnet is not None:
-                return False
-            continue
-        low, high = config.subnet_range_of(family)
-        if subnet is None or subnet.prefixlen != config.subnet_len_of(family) or low is None or high is None:
-            return False
-        if not int(low.network_address) <= int(subnet.network_address) <= int(high.network_address):
-            return False
-    return True
+    return _right_families(config, subnets) and all(subnet is None or _in_range(config, subnet) for subnet in subnets)
+
+
+def suits(config: NetworkConfig, request: LeaseRequest, own: Lease) -> bool:
+    """Whether we go on with our own lease as it is: right families, and where it was, or at least inside the network.
+
+    Range and length bind new subnets only: containers live in the old one.
+    """
+    subnets = (own.subnet, own.ipv6_subnet)
+    if not _right_families(config, subnets):
+        return False
+    if request.keep:
+        return all(had is None or had == now for had, now in zip(request.previous, subnets, strict=True))
+    return all(subnet is None or _in_network(config, subnet) for subnet in subnets)
+
+
+def _right_families(config: NetworkConfig, subnets: Subnets) -> bool:
+    return all((subnet is None) == (config.network_of(f) is None) for f, subnet in zip(FAMILIES, subnets, strict=True))
+
+
+def _in_network(config: NetworkConfig, subnet: IPNetwork) -> bool:
+    network = config.network_of(subnet.version)
+    return network is not None and subnet.subnet_of(network)  # type: ignore[arg-type]
+
+
+def _in_range(config: NetworkConfig, subnet: IPNetwork) -> bool:
+    low, high = config.subnet_range_of(subnet.version)
+    if subnet.prefixlen != config.subnet_len_of(subnet.version) or low is None or high is None:
+        return False
+    return int(low.network_address) <= int(subnet.network_address) <= int(high.network_address)
 
 
 def choose(
-    config: NetworkConfig, leases: Collection[Lease], request: LeaseRequest, pick: Callable[[int], int]
+    config: NetworkConfig,
+    leases: Collection[Lease],
+    request: LeaseRequest,
+    pick: Callable[[int], int],
+    own: Lease | None = None,
 ) -> Subnets:
-    """The subnets to claim: the previous ones while free, else random ones. ``pick(n)`` is an index below n.
+    """The subnets to claim. For each family: what ``own`` has, else the previous one while free, else a random one.
 
+    ``own`` is our lease that does not suit as a whole, ``leases`` are all others, ``pick(n)`` is an index below n.
     Raises SubnetTaken when ``request.keep`` is set and the previous ones cannot be had, OutOfSubnets when none is free.
     """
     if request.keep:
-        return _kept(leases, request)
-    if fits(config, request.previous) and not any(_overlaps(lease, request.previous) for lease in leases):
-        return request.previous
+        _check_kept(leases, request)
     chosen: dict[Family, IPNetwork] = {}
     for family in FAMILIES:
         network = config.network_of(family)
+        had = request.previous[0 if family == 4 else 1]
+        if request.keep and had is not None:
+            chosen[family] = had
+            continue
         if network is None:
             continue
-        free = free_subnets(config, family, leases)
+        held = own.subnet_of(family) if own is not None else None
+        if held is not None and _in_network(config, held) and _free(held, leases):
+            chosen[family] = held
+            continue
+        if had is not None and _in_range(config, had) and _free(had, leases):
+            chosen[family] = had
+            continue
+        free = free_subnets(config, family, [*leases, *_as_leases(request.avoid, network)])
         if not free:
             raise OutOfSubnets(_out_of_subnets(config, family, leases))
         size = 1 << (network.max_prefixlen - config.subnet_len_of(family))
@@ -136,7 +168,16 @@ def choose(
     return v4, v6
 
 
-def _kept(leases: Iterable[Lease], request: LeaseRequest) -> Subnets:
+def _as_leases(avoid: Iterable[IPNetwork], network: IPNetwork) -> Iterable[Lease]:
+    """The hosts' networks as if they were leased. One that holds the whole network says nothing: it is on purpose."""
+    for prefix in avoid:
+        if isinstance(prefix, IPv4Network) and isinstance(network, IPv4Network) and prefix.subnet_of(network):
+            yield Lease(prefix, None, LeaseAttrs())
+        elif isinstance(prefix, IPv6Network) and isinstance(network, IPv6Network) and prefix.subnet_of(network):
+            yield Lease(None, prefix, LeaseAttrs())
+
+
+def _check_kept(leases: Iterable[Lease], request: LeaseRequest) -> None:
     for lease in leases:
         if _overlaps(lease, request.previous):
             address = lease.attrs.public_ip or lease.attrs.public_ipv6
@@ -146,7 +187,11 @@ def _kept(leases: Iterable[Lease], request: LeaseRequest) -> Subnets:
                 f"This node keeps its data path; release the other lease (flannelctl release {lease.key}), or drain "
                 f"this node, remove its subnet file and restart flanneld to get a new subnet"
             )
-    return request.previous
+
+
+def _free(subnet: IPNetwork, leases: Iterable[Lease]) -> bool:
+    pair = (subnet, None) if isinstance(subnet, IPv4Network) else (None, subnet)
+    return not any(_overlaps(lease, pair) for lease in leases)
 
 
 def _overlaps(lease: Lease, subnets: Subnets) -> bool:

@@ -222,13 +222,11 @@ class EtcdStore:
         if found.rival is not None:
             raise allocation.address_in_use(found.rival, request)
         own = found.lease
-        if own is not None:
-            subnets = (own.subnet, own.ipv6_subnet)
-            if subnets == request.previous if request.keep else allocation.fits(config, subnets):
-                return self._take_back(own, attrs)
+        if own is not None and allocation.suits(config, request, own):
+            return self._take_back(own, attrs)
         others = [lease for lease in leases if lease is not own]
         try:
-            subnets = allocation.choose(config, others, request, self._random.randrange)
+            subnets = allocation.choose(config, others, request, self._random.randrange, own)
         except OutOfSubnets as error:
             raise OutOfSubnets(f"{error}{self._silent(others)}") from None
         if own is not None and allocation.overlapping([own], subnets):
@@ -236,7 +234,10 @@ class EtcdStore:
             self._discard(own)
         created = self._create(subnets, attrs, grant, allocation.key_tells_all(config, leases))
         if created is not None and own is not None and not own.reservation:
-            log.info("the old lease does not fit the network any more", old=own.key, new=created.key)
+            if not request.keep:
+                log.warning(
+                    "this node's lease lay outside the network; it has another one now", old=own.key, new=created.key
+                )
             self._discard(own)
         return created
 

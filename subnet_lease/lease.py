@@ -70,6 +70,10 @@ class Lease:
         """flannel's key: 10.5.52.0-24, or 10.5.52.0-24&fc00:0:0:34::-64 (pkg/subnet/subnet.go, MakeSubnetKey)."""
         return subnet_key(self.subnet, self.ipv6_subnet)
 
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return tuple(family for family in FAMILIES if self.subnet_of(family) is not None)
+
     def subnet_of(self, family: Family) -> IPNetwork | None:
         return self.subnet if family == 4 else self.ipv6_subnet
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import ClassVar, Protocol
 
-from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
+from subnet_lease.lease import IPNetwork, Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
 
 
@@ -102,13 +102,15 @@ class LeaseRequest:
     """What a node wants.
 
     ``previous`` are the subnets that it had (from subnet.env), preferred while free. With ``keep`` set, nothing but
-    exactly those subnets will do: a node whose data path stands never changes its subnet by itself.
+    exactly those subnets will do: a node whose data path stands never changes its subnet by itself. ``avoid`` are the
+    networks of the hosts, whose addresses no container may have.
     """
 
     identity: NodeIdentity
     attrs: LeaseAttrs
     previous: tuple[IPv4Network | None, IPv6Network | None] = (None, None)
     keep: bool = False
+    avoid: tuple[IPNetwork, ...] = ()
 
 
 def unused(problem: str) -> str:

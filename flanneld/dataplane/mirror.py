@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from ipaddress import ip_interface
 
 from backends.kernel_state import Interface, InterfaceAddress, Key, Kind, Link, Record, Route
 from flanneld.dataplane.links import IFF_LOOPBACK, RawLink
@@ -129,6 +130,14 @@ class Interfaces:
     def remove_address(self, index: int, address: str) -> None:
         if self.addresses.get(index, {}).pop(address, None) is not None:
             self._touched.add(index)
+
+    def networks(self) -> dict[str, str]:
+        """The networks that interfaces are on, as CIDRs, each with the name of one of them."""
+        found = {}
+        for index, addresses in self.addresses.items():
+            for text in addresses:
+                found[str(ip_interface(text).network)] = self.names.get(index, "")
+        return found
 
     def load(self, links: Iterable[RawLink], addresses: Iterable[tuple[int, InterfaceAddress]]) -> None:
         """Begin anew from a full look."""

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Final
 
-from backends.kernel_state import Address, Change, Failure, FdbEntry, Firewall, Ipip, Link, Neighbour, Route, Vxlan
+from backends.kernel_state import (
+    Address,
+    Change,
+    Failure,
+    FdbEntry,
+    Firewall,
+    Ipip,
+    Link,
+    Neighbour,
+    Record,
+    Route,
+    Vxlan,
+)
 from flanneld.dataplane import links as link_wire
 from flanneld.dataplane import modules, rare
 from flanneld.dataplane.follow import Follower
@@ -74,7 +86,11 @@ class Writer:
         failures: list[Failure] = []
         sent: list[Change] = []
         requests: list[Message] = []
+        own = self._view.interfaces.networks() if any(isinstance(c.record, Route) for c in changes) else {}
         for change in changes:
+            if change.op == "put" and (there := _replaces(change.record, own)) is not None:
+                failures.append(Failure(change, "EEXIST", f"{describe(change)}: this host's own network, on {there}"))
+                continue
             try:
                 request = self._message(change)
             except (ValueError, OSError) as error:  # an address that is none
@@ -283,6 +299,15 @@ class Writer:
             if raw.name != name and isinstance(other, Vxlan) and other.vni == settings.vni:
                 return f"Device {raw.name}"
         return None
+
+
+def _replaces(record: Record, own: Mapping[str, str]) -> str | None:
+    """The interface whose connected route (``own``, by CIDR) the kernel would give up for this one."""
+    # IPv6's connected routes have a metric of their own, and stay beside ours.
+    if not isinstance(record, Route) or record.metric or ":" in record.dst:
+        return None
+    dev = own.get(record.dst)
+    return dev if dev != record.dev else None
 
 
 def _is_in_its_own_way(change: Change, refusal: NetlinkError) -> bool:

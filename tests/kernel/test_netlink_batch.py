@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from backends.kernel_state import Address, Change, FdbEntry, Kind, Neighbour, Record, Route
+from backends.kernel_state import ROUTE_PROTOCOL, Address, Change, FdbEntry, Kind, Neighbour, Record, Route
 from flanneld.dataplane import netlink
 from tests.kernel.netlink_host import DEV, HOST, Host, open_host, peer, peer6
 
@@ -45,6 +45,18 @@ def test_each_refusal_belongs_to_its_change(host: Host) -> None:
     state = host.fresh()
     assert all(state[record.key] == record for record in good)
     assert not any(record.key in state for record in bad)
+
+
+def test_a_network_of_the_hosts_own_is_not_taken_from_it(host: Host) -> None:
+    host.establish()
+    before = host.ip("route show proto kernel")
+    assert "192.168.0.0/16 dev eth0" in before
+    (failure,) = host.put(Route("192.168.0.0/16", DEV, "192.168.0.0", onlink=True))
+    assert failure.cause == "EEXIST" and failure.message.endswith("this host's own network, on eth0")
+    assert host.ip("route show proto kernel") == before
+    # A blackhole stands behind it.
+    assert host.put(Route("192.168.0.0/16", None, protocol=ROUTE_PROTOCOL, metric=4096, type="blackhole")) == []
+    assert "192.168.0.0/16 dev eth0 proto kernel" in host.ip("route show")
 
 
 def test_changes_keep_their_order(host: Host) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from flanneld.lab.hosts import Host, Lab
 from flanneld.lab.wait import wait_until
+from tests.system.kernel_text import kernel_text
 from tests.system.test_backends import needs_wireguard
 
 SOON = 5.0
 LATER = 10.0
+KERNEL = ("link", "address", "routes", "routes6", "neighbours", "fdb", "iptables")
 OTHERS = ["host-gw", "udp", pytest.param("wireguard", marks=needs_wireguard)]
 
 
@@ -186,4 +188,62 @@ def test_a_network_that_leaves_our_subnet_outside_says_what_to_do(running: Lab) 
     running.set_config({"Network": "10.77.0.0/16", "Backend": {"Type": "vxlan"}})
     wait_until(lambda: "drain the node" in host.daemon.get("/readyz").text, LATER, "the remedy")
     assert host.run("ip route") == routes
+    assert pings(running)
+
+
+def test_a_network_that_is_narrowed_leaves_no_route_behind(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(1)
+    config = {"Network": "10.5.0.0/16", "SubnetMax": "10.5.100.0", "Backend": {"Type": "host-gw"}}
+    lab.set_config(config)
+    lab.etcd.ctl(
+        "put", "/coreos.com/network/subnets/10.5.200.0-24", '{"PublicIP":"172.30.0.77","BackendType":"host-gw"}'
+    )
+    host = lab.hosts[0]
+    host.start_daemon(wait=True)
+    wait_until(lambda: "10.5.200.0/24 via 172.30.0.77" in host.run("ip route"), SOON, "the peer's route")
+    lab.set_config({**config, "Network": "10.5.0.0/17"})
+    wait_until(lambda: "10.5.200.0/24" not in host.run("ip route"), SOON, "the route outside the network gone")
+
+
+@pytest.mark.field_problem(6)
+def test_an_address_family_is_turned_on_and_off_and_the_other_one_stays(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(2, underlay6="2001:db8:30::/64")
+    v4 = {"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}
+    lab.set_config(v4)
+    lab.start_daemons()
+    for host in lab.hosts:
+        host.container("c")
+    wait_until(lambda: pings(lab), LATER, "pings")
+    host, subnets = lab.hosts[0], [host.daemon.subnet_env()["FLANNEL_SUBNET"] for host in lab.hosts]
+    # Not nft: iptables leaves its own empty table for IPv6.
+    before = kernel_text(host, only=KERNEL)
+    lab.set_config({**v4, "EnableIPv6": True, "IPv6Network": "fd05::/48"})
+    for one in lab.hosts:
+        wait_until(
+            lambda one=one: " via fd05:" in one.run("ip -6 route show dev flannel-v6.1"), SOON, "the other's route"
+        )
+        wait_until(lambda one=one: "FLANNEL_IPV6_SUBNET" in one.daemon.subnet_env(), SOON, "subnet.env")
+    assert [host.daemon.subnet_env()["FLANNEL_SUBNET"] for host in lab.hosts] == subnets
+    assert pings(lab)
+    lab.set_config(v4)
+    wait_until(lambda: kernel_text(host, only=KERNEL) == before, SOON, "all of IPv6 gone")
+    assert [host.daemon.subnet_env()["FLANNEL_SUBNET"] for host in lab.hosts] == subnets
+    assert "FLANNEL_IPV6_SUBNET" not in host.daemon.subnet_env()
+    keys = lab.etcd.ctl("get", "--prefix", "--keys-only", "/coreos.com/network/subnets/").split()
+    assert len(keys) == 2 and not any("&" in key for key in keys)
+    assert not [line for line in host.daemon.output().splitlines() if '"level": "warning"' in line]
+    assert pings(lab)
+
+
+@pytest.mark.parametrize("change", [{"SubnetMin": "10.5.250.0"}, {"SubnetLen": 26}])
+def test_a_range_that_leaves_our_subnet_out_is_told_and_the_subnet_kept(running: Lab, change: dict) -> None:
+    host = running.hosts[0]
+    running.set_config({"Network": "10.5.0.0/16", "SubnetMax": "10.5.251.0", "Backend": {"Type": "vxlan"}, **change})
+    subnet = host.daemon.subnet_env()["FLANNEL_SUBNET"]
+    told = "would not hand out any more"
+    wait_until(lambda: told in host.daemon.get("/readyz").text, SOON, "a warning that says what to do")
+    host.daemon.restart()
+    host.daemon.wait_ready()
+    assert host.daemon.subnet_env()["FLANNEL_SUBNET"] == subnet
+    assert told in host.daemon.get("/readyz").text
     assert pings(running)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -126,6 +127,47 @@ def test_kept_subnets_are_those_or_none() -> None:
     assert allocation.choose(config, [lease("10.5.7.0/24")], kept, first)[0] == IPv4Network("10.6.7.0/24")
     with pytest.raises(SubnetTaken, match=r"10\.6\.7\.0-24.*'other'"):
         allocation.choose(config, [lease("10.6.0.0/16", node=OTHER)], kept, first)
+
+
+DUAL = '{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fc00:5::/48"}'
+
+
+@pytest.mark.parametrize(
+    ("config", "own", "suits"),
+    [
+        ('{"Network":"10.5.0.0/16","SubnetMin":"10.5.128.0"}', lease("10.5.7.0/24"), True),
+        ('{"Network":"10.5.0.0/16","SubnetLen":26}', lease("10.5.7.0/24"), True),
+        ('{"Network":"10.6.0.0/16"}', lease("10.5.7.0/24"), False),
+        (DUAL, lease("10.5.7.0/24"), False),
+        (DUAL, lease("10.5.7.0/24", "fc00:5:0:7::/64"), True),
+        ('{"Network":"10.5.0.0/16"}', lease("10.5.7.0/24", "fc00:5:0:7::/64"), False),
+    ],
+)
+def test_range_and_length_bind_new_subnets_only(config: str, own: Lease, suits: bool) -> None:
+    assert allocation.suits(network(config), request(), own) is suits
+
+
+def test_a_node_keeps_the_family_that_it_has_when_another_is_turned_on_or_off() -> None:
+    v4, both = lease("10.5.7.0/24"), lease("10.5.7.0/24", "fc00:5:0:7::/64")
+    chosen = allocation.choose(network(DUAL), [], request(), first, v4)
+    assert chosen == (v4.subnet, IPv6Network("fc00:5:0:1::/64"))
+    assert allocation.choose(network(), [], request(), first, both) == (v4.subnet, None)
+    kept = request(previous="10.5.7.0/24", keep=True)
+    assert not allocation.suits(network(DUAL), kept, v4)
+    assert allocation.choose(network(DUAL), [], kept, first, v4) == chosen
+    with pytest.raises(SubnetTaken):
+        allocation.choose(network(DUAL), [lease("10.5.7.0/24", node=OTHER)], kept, first)
+
+
+def test_the_hosts_own_networks_are_not_handed_out() -> None:
+    config = network('{"Network":"10.5.0.0/22"}')
+    around = replace(
+        request(), avoid=(IPv4Network("10.5.1.0/24"), IPv4Network("10.5.2.16/28"), IPv6Network("fc00::/8"))
+    )
+    assert allocation.choose(config, [], around, first) == (IPv4Network("10.5.3.0/24"), None)
+    # One that holds the whole network is there on purpose: its hosts are elsewhere in it.
+    wide = replace(request(), avoid=(IPv4Network("10.0.0.0/8"),))
+    assert allocation.choose(config, [], wide, first) == (IPv4Network("10.5.1.0/24"), None)
 
 
 def test_out_of_subnets_says_what_could_be_had_back() -> None:

@@ -11,7 +11,7 @@ from backends.kernel_state import FdbEntry, Kind, Route
 from backends.vxlan import Vxlan
 from flanneld.desired import LINGER, DesiredState, Standing
 from subnet_lease.lease import Lease, LeaseAttrs
-from tests.unit.backend_values import host
+from tests.unit.backend_values import host, underlay
 
 FACTS = {"vtep_mac": "02:00:00:00:00:01", "vtep_mac_v6": "02:00:00:00:06:01"}
 
@@ -88,6 +88,25 @@ def test_a_lease_that_would_do_harm_is_refused(bad, says):
     state.update(snapshot(OWN, bad, good), 0)
     assert says in state.refused[bad.key]
     assert routes(state) == {"10.5.3.0/24"}
+
+
+@pytest.mark.parametrize(
+    ("subnet", "public", "says"),
+    [
+        ("10.5.64.0/24", "192.168.64.12", "covers 10.5.64.0/24, the network of this host's eth0"),
+        ("10.5.64.0/26", "192.168.64.12", "covers 10.5.64.2, this host's own address"),
+        ("10.5.9.0/24", "10.5.9.4", "covers 10.5.9.4, its owner's public address"),
+        ("10.5.64.128/26", "192.168.64.12", None),
+    ],
+)
+def test_a_lease_that_would_cut_off_hosts_inside_the_network_is_refused(subnet, public, says):
+    inside = host(under=underlay("10.5.64.2", prefixes=("10.5.64.0/24",)), facts=FACTS)
+    state = DesiredState(Standing(Vxlan({}), inside, OWN))
+    found = lease(subnet, 12)
+    found = replace(found, attrs=replace(found.attrs, public_ip=IPv4Address(public)))
+    state.update(snapshot(OWN, found), 0)
+    assert routes(state) == ({subnet} if says is None else set())
+    assert says is None or says in state.refused[found.key]
 
 
 @pytest.mark.field_problem(6)
