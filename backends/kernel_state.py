@@ -22,6 +22,9 @@ ROUTE_PROTOCOL: Final = 241
 Unassigned in the kernel's include/uapi/linux/rtnetlink.h and in iproute2's rt_protos: it says who wrote the route.
 """
 
+BLACKHOLE_METRIC: Final = 4096
+"""Behind every route that leads somewhere (0 for IPv4, 1024 for IPv6), which must win while it is there."""
+
 BOOT_PROTOCOL: Final = 3
 """RTPROT_BOOT, what flanneld's routes on its own device carry; kept, so that takeover and hand-back write nothing."""
 

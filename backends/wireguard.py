@@ -3,7 +3,7 @@
 The walk of a packet from a container here to 10.5.7.9 on a peer whose subnet is 10.5.7.0/24:
 
 1. Route ``10.5.0.0/16 dev flannel-wg scope link``: everything of the cluster network that is not our own subnet goes
-   into the device. There is no route a peer.
+   into the device. There is no route a peer. Behind it stands ``blackhole 10.5.0.0/16``, for when the device is gone.
 2. AllowedIPs: the device looks for the peer that owns 10.5.7.9, encrypts for that peer's public key, and sends UDP
    from our listen port to the peer's endpoint. A packet that no peer owns is refused with an ICMP unreachable.
 3. The peer's device decrypts it and drops it unless the sender owns the inner source address.
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, by_family, peer_address
-from backends.kernel_state import Address, Link, Record, Route, WireguardPeer
+from backends.kernel_state import BLACKHOLE_METRIC, ROUTE_PROTOCOL, Address, Link, Record, Route, WireguardPeer
 from backends.kernel_state import Wireguard as WireguardSettings
 from subnet_lease.go_json import decode_options
 from subnet_lease.lease import FAMILIES, Family, Lease
@@ -99,7 +99,10 @@ class Wireguard:
             subnet = host.subnets[family]
             yield Address(self._device(family), f"{subnet.network_address}/{subnet.max_prefixlen}")
             # IPv6 routes have no scope: the kernel reads every one of them back as global.
-            yield Route(str(host.config.network_of(family)), self._device(family), link_scope=family == 4)
+            network = str(host.config.network_of(family))
+            yield Route(network, self._device(family), link_scope=family == 4)
+            # While the device is not there, its packets go nowhere, rather than to the default gateway in the clear.
+            yield Route(network, None, type="blackhole", metric=BLACKHOLE_METRIC, protocol=ROUTE_PROTOCOL)
 
     def peer_state(self, host: Host, peer: Lease) -> tuple[Record, ...]:
         if self.options.Mode == "separate":

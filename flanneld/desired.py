@@ -11,7 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from backends.backend import Backend, Host, PeerRefused
-from backends.kernel_state import ROUTE_PROTOCOL, Firewall, KernelState, Key, Link, Record, Route, Scope, Sysctl
+from backends.kernel_state import (
+    BLACKHOLE_METRIC,
+    ROUTE_PROTOCOL,
+    Firewall,
+    KernelState,
+    Key,
+    Link,
+    Record,
+    Route,
+    Scope,
+    Sysctl,
+)
 from subnet_lease.lease import FAMILIES, Family, IPNetwork, Lease
 
 
@@ -32,9 +43,6 @@ class Standing:
 LINGER = 2.0
 """Seconds for which a peer whose lease is gone keeps its records, unless another lease needs them: a key that was
 deleted by mistake is claimed again within that time, and no packet is lost meanwhile."""
-
-BLACKHOLE_METRIC = 4096
-"""Behind the bridge's own route (metric 0), which must win while it is there."""
 
 
 class DesiredState:

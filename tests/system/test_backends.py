@@ -122,7 +122,7 @@ def test_switching_backends_on_live_hosts_leaves_nothing_of_the_old_one(switchin
         here, there = lab.hosts[0], lab.hosts[1].containers[0]
         wait_until(lambda: f"dev {DEVICES[name]} " in here.run(f"ip route get {there.address}"), 15, f"{name} in use")
         if name != "host-gw":
-            assert "proto 241" not in here.run("ip route")
+            assert "dev eth0 proto 241" not in here.run("ip route")
         ping_all(lab)
         assert here.daemon.get("/status").json()["backend"] == name
 

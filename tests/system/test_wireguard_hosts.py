@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from flanneld.lab.capture import capture
 from flanneld.lab.hosts import Host, Lab
+from flanneld.lab.netns import end
 from flanneld.lab.wait import wait_until
 from tests.system.kernel_text import metric
 
@@ -107,6 +109,43 @@ def test_what_is_removed_comes_back(running: Lab) -> None:
 
 
 @pytest.mark.field_problem(32)
+@pytest.mark.field_problem(20)
+def test_what_cannot_be_encrypted_stays_here(make_lab: Callable[..., Lab]) -> None:
+    """The switch to wireguard fails on one host, and later its device is deleted: no packet leaves in the clear."""
+    lab = make_lab(2)
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}})
+    lab.start_daemons()
+    host, box, there = lab.hosts[0], lab.hosts[0].container("c"), lab.hosts[1].container("c")
+    wait_until(lambda: box.ping(there).ok, 10, "a ping by vxlan")
+    with host.ns.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("0.0.0.0", 51820))
+        lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}})
+        wait_until(lambda: "flannel.1" not in host.run("ip -br link"), 10, "the old device gone")
+        wait_until(lambda: "51820" in host.daemon.get("/readyz").text, 10, "the reason told")
+        with in_the_clear(host) as seen:
+            assert not box.ping(there, count=3).ok
+        assert seen() == ""
+    wait_until(lambda: box.ping(there).ok, 15, "a ping by wireguard")
+    with in_the_clear(host) as seen, box.ping_stream(there) as stream:
+        wait_until(stream.replies, 10, "a reply")
+        host.run("ip link del flannel-wg")
+        replies = len(stream.replies())
+        wait_until(lambda: len(stream.replies()) > replies + 20, 15, "replies again")
+    assert seen() == ""
+
+
+@contextlib.contextmanager
+def in_the_clear(host: Host) -> Iterator[Callable[[], str]]:
+    """What tcpdump sees on the underlay, meanwhile, of containers' packets."""
+    log = host.lab.directory / "clear.log"
+    process = host.ns.start(["tcpdump", "-i", "eth0", "-nnl", "net 10.5.0.0/16"], log=log)
+    try:
+        wait_until(lambda: "listening on" in log.read_text(), 10, "tcpdump")
+        yield lambda: "".join(line for line in log.read_text().splitlines(True) if " > " in line)
+    finally:
+        end(process, signal.SIGINT)
+
+
 def test_a_node_that_left_leaves_nothing_and_no_secret_is_shown(running: Lab) -> None:
     one, two = running.hosts
     two.daemon.stop()

@@ -29,11 +29,17 @@ def peer(**more: Any) -> Any:
     return lease(backend_type="wireguard", **{"data": DATA, "v6_data": V6_DATA, **more})
 
 
+def nothing(network: str) -> Route:
+    """Where the cluster's packets go while there is no device."""
+    return Route(network, None, type="blackhole", metric=4096, protocol=241)
+
+
 def test_one_family_is_one_device_with_one_route() -> None:
     assert tuple(Wireguard({}).host_state(node())) == (
         Link("flannel-wg", Settings(51820, PRIVATE), mtu=1420),
         Address("flannel-wg", "10.5.1.0/32"),
         Route("10.5.0.0/16", "flannel-wg", link_scope=True),
+        nothing("10.5.0.0/16"),
     )
 
 
@@ -43,8 +49,10 @@ def test_separate_mode_has_a_device_a_family() -> None:
         Link("flannel-wg-v6", Settings(51821, PRIVATE), mtu=1320),
         Address("flannel-wg", "10.5.1.0/32"),
         Route("10.5.0.0/16", "flannel-wg", link_scope=True),
+        nothing("10.5.0.0/16"),
         Address("flannel-wg-v6", "fc00:0:0:1::/128"),
         Route("fc00::/48", "flannel-wg-v6"),
+        nothing("fc00::/48"),
     )
 
 
@@ -54,8 +62,10 @@ def test_the_other_modes_have_one_device_for_both_families(mode: str) -> None:
         Link("flannel-wg", Settings(51820, PRIVATE), mtu=1420),
         Address("flannel-wg", "10.5.1.0/32"),
         Route("10.5.0.0/16", "flannel-wg", link_scope=True),
+        nothing("10.5.0.0/16"),
         Address("flannel-wg", "fc00:0:0:1::/128"),
         Route("fc00::/48", "flannel-wg"),
+        nothing("fc00::/48"),
     )
 
 
