@@ -136,6 +136,11 @@ def peer_address(host: Host, peer: Lease, family: Family) -> IPAddress:
     return address
 
 
+def direct(host: Host, peer: Lease, address: IPAddress) -> bool:
+    """Whether ``peer`` itself, and no router in its name, is reached at ``address`` without a gateway."""
+    return not peer.attrs.behind_nat and on_link(host, address)
+
+
 def on_link(host: Host, address: IPAddress) -> bool:
     """Whether ``address`` is reached without a gateway through the underlay interface."""
     return any(address.version == prefix.version and address in prefix for prefix in host.underlay.prefixes)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict
 
-from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, on_link, peer_address
+from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, direct, peer_address
 from backends.kernel_state import ROUTE_PROTOCOL, Address, Link, Record, Route
 from backends.kernel_state import Ipip as IpipSettings
 from subnet_lease.go_json import decode_options
@@ -82,7 +82,7 @@ class Ipip:
         if peer.subnet is None:
             raise PeerRefused(f"lease {peer.key} has no IPv4 subnet, and ipip carries IPv4 only")
         public = peer_address(host, peer, 4)
-        if self.options.DirectRouting and on_link(host, public):
+        if self.options.DirectRouting and direct(host, peer, public):
             return (Route(str(peer.subnet), host.underlay.name, via=str(public), protocol=ROUTE_PROTOCOL),)
         return (Route(str(peer.subnet), DEVICE, via=str(public), onlink=True),)
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, by_family, on_link, peer_address
+from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, by_family, direct, peer_address
 from backends.kernel_state import (
     ROUTE_PROTOCOL,
     Address,
@@ -132,7 +132,7 @@ class Vxlan:
     def _way_to(self, host: Host, peer: Lease, family: Family) -> tuple[Record, ...]:
         subnet, public = peer.subnet_of(family), peer_address(host, peer, family)
         assert subnet is not None
-        if self.options.DirectRouting and on_link(host, public):
+        if self.options.DirectRouting and direct(host, peer, public):
             return (Route(str(subnet), host.underlay.name, via=str(public), protocol=ROUTE_PROTOCOL),)
         device, gateway = self.device(family), str(subnet.network_address)
         mac = self._peer_mac(host, peer, family)

@@ -145,7 +145,7 @@ class Daemon:
             if (
                 before is None
                 or lease is None
-                or before.config != snapshot.config
+                or (before.config, before.hints) != (snapshot.config, snapshot.hints)
                 or before.leases.get(lease.key) is not snapshot.leases.get(lease.key)
             ):
                 self.board.wake_keeper()

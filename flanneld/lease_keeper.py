@@ -29,7 +29,17 @@ from flanneld.traffic_rules import firewalls
 from flanneld.underlay import Choice, UnderlayError, View, choose_underlay
 from subnet_lease import subnet_file
 from subnet_lease.allocation import fits
-from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
+from subnet_lease.lease import (
+    FAMILIES,
+    Family,
+    IPAddress,
+    IPNetwork,
+    Lease,
+    LeaseAttrs,
+    LeaseSnapshot,
+    NodeHints,
+    NodeIdentity,
+)
 from subnet_lease.network_config import NetworkConfig
 from subnet_lease.store import (
     ConfigInvalid,
@@ -37,7 +47,6 @@ from subnet_lease.store import (
     LeaseLost,
     LeaseRequest,
     LeaseStore,
-    NodeHints,
     StoreError,
     StoreUnavailable,
     SubnetTaken,
@@ -193,8 +202,11 @@ class LeaseKeeper:
         return self._config
 
     def _choose_underlay(self, view: View, config: NetworkConfig) -> Underlay:
+        snapshot = self._board.snapshot
         if self._hints is None:
             self._hints = self._store.hints()
+        elif snapshot is not None:
+            self._hints = snapshot.hints
         standing = self._board.standing
         current = standing.host.underlay.name if standing is not None and not self._choose_anew else ""
         underlay = choose_underlay(view, make_choice(self._options, config, self._hints, current))
@@ -375,6 +387,7 @@ class LeaseKeeper:
             backend_data=published.data,
             backend_v6_data=published.v6_data,
             node=identity,
+            behind_nat=underlay.public != underlay.local,
         )
 
     def _previous_for(self, config: NetworkConfig) -> tuple[IPv4Network | None, IPv6Network | None]:

@@ -26,7 +26,7 @@ from subnet_lease.etcd_connection import EtcdConnection, EtcdLeaseGone, clean_pr
 from subnet_lease.etcd_leases import LEASE_TTL, Grant, SignOfLife, keep_alive, revoke
 from subnet_lease.etcd_table import EtcdStatus, LeaseReader, decode_lease
 from subnet_lease.etcd_watch import SnapshotWatch
-from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, subnet_key
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints, subnet_key
 from subnet_lease.lease_wire import encode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import (
@@ -34,7 +34,6 @@ from subnet_lease.store import (
     ConfigMissing,
     LeaseLost,
     LeaseRequest,
-    NodeHints,
     OutOfSubnets,
     SetupError,
     StoreError,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -34,13 +35,12 @@ from subnet_lease.kube_own_node import OwnNode, enabled_families, shown
 from subnet_lease.kube_policies import PolicyNotice
 from subnet_lease.kube_report import NodeCondition
 from subnet_lease.kube_watch import Health, ListWatch, NodeFold
-from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints
 from subnet_lease.network_config import NetworkConfig
 from subnet_lease.store import (
     ConfigInvalid,
     LeaseLost,
     LeaseRequest,
-    NodeHints,
     SetupError,
     StoreError,
     SubnetTaken,
@@ -92,6 +92,7 @@ class KubeStore:
         self._policies = PolicyNotice(self._api, self._own.name, self._own.events) if policy_notice else None
         self._fold: NodeFold | None = None
         self._nodes: ListWatch[Node] | None = None
+        self._last_hints = NodeHints()
         self._wake = threading.Event()
         self._closed = threading.Event()
 
@@ -210,12 +211,20 @@ class KubeStore:
                 own = fold.own
                 self._look_after(own)
                 # Our own podCIDR is told, too, when no lease depends on it yet: somebody waits for it.
-                state = (fold.leases, config, own.cidrs if own else None)
+                hints = self._hinted(own)
+                state = (fold.leases, config, own.cidrs if own else None, hints)
                 if fold.listed and (told is None or told != state):
                     told = state
-                    yield LeaseSnapshot(config, self._own.as_asked(fold.leases, own, fold.own_lease), nodes.revision)
+                    leases = self._own.as_asked(fold.leases, own, fold.own_lease)
+                    yield LeaseSnapshot(config, leases, nodes.revision, hints)
         finally:
             nodes.close()
+
+    def _hinted(self, own: Node | None) -> NodeHints:
+        """What the annotations say now; while they cannot be read, what they said before."""
+        with suppress(BadNode):
+            self._last_hints = NodeHints(*public_address_hint(self._keys, own.annotations if own else {}))
+        return self._last_hints
 
     def _look_after(self, own: Node | None) -> None:
         """Once a second: our annotations and our condition are what they should be."""

@@ -28,6 +28,7 @@ _WRITTEN = (
     "public-ip",
     "public-ipv6",
     "kube-subnet-manager",
+    "behind-nat",
 )
 
 _PREFIX = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z0-9_-]+/(?:[a-z0-9_-]+-)?")
@@ -109,6 +110,7 @@ def parse_lease(
         backend_data=_json(keys.name("backend-data"), annotations) if has_v4 else None,
         backend_v6_data=_json(keys.name("backend-v6-data"), annotations) if has_v6 else None,
         node=NodeIdentity(name),
+        behind_nat=annotations.get(keys.name("behind-nat")) == "true",
     )
     return Lease(subnet if has_v4 else None, ipv6_subnet if has_v6 else None, attrs)
 
@@ -117,11 +119,13 @@ def overwritten(keys: Keys, attrs: LeaseAttrs, annotations: Mapping[str, str]) -
     """What is really published: the operator's public-ip[v6]-overwrite annotations win. Raises BadNode."""
     v4 = _address(keys.name("public-ip-overwrite"), annotations, IPv4Address)
     v6 = _address(keys.name("public-ipv6-overwrite"), annotations, IPv6Address)
-    return replace(
+    shown = replace(
         attrs,
         public_ip=v4 if v4 is not None and attrs.public_ip is not None else attrs.public_ip,
         public_ipv6=v6 if v6 is not None and attrs.public_ipv6 is not None else attrs.public_ipv6,
     )
+    elsewhere = (shown.public_ip, shown.public_ipv6) != (attrs.public_ip, attrs.public_ipv6)
+    return replace(shown, behind_nat=attrs.behind_nat or elsewhere)
 
 
 def rendered(keys: Keys, attrs: LeaseAttrs) -> dict[str, str | None]:
@@ -137,6 +141,7 @@ def rendered(keys: Keys, attrs: LeaseAttrs) -> dict[str, str | None]:
         "public-ip": str(attrs.public_ip) if v4 else None,
         "public-ipv6": str(attrs.public_ipv6) if v6 else None,
         "kube-subnet-manager": "true",
+        "behind-nat": "true" if attrs.behind_nat else None,
     }
     return {keys.name(suffix): value for suffix, value in values.items()}
 

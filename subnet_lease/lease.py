@@ -32,8 +32,9 @@ class NodeIdentity:
 class LeaseAttrs:
     """What a node publishes with its lease.
 
-    ``backend_data`` is any JSON value, None when the backend publishes nothing for that family. ``node`` travels in
-    an extra key that flannel ignores; a lease that a flanneld wrote has none.
+    ``backend_data`` is any JSON value, None when the backend publishes nothing for that family. ``node`` and
+    ``behind_nat`` travel in an extra key that flannel ignores; a lease that a flanneld wrote has none. ``behind_nat``:
+    the public address is a router's, so nobody has this node on its link.
     """
 
     public_ip: IPv4Address | None = None
@@ -42,6 +43,7 @@ class LeaseAttrs:
     backend_data: Any = None
     backend_v6_data: Any = None
     node: NodeIdentity | None = None
+    behind_nat: bool = False
 
     def public_ip_of(self, family: Family) -> IPAddress | None:
         return self.public_ip if family == 4 else self.public_ipv6
@@ -85,6 +87,14 @@ def subnet_key(subnet: IPv4Network | None, ipv6_subnet: IPv6Network | None) -> s
 
 
 @dataclass(frozen=True, slots=True)
+class NodeHints:
+    """What the store itself says about this node's addresses (Kubernetes' node-public-ip annotations)."""
+
+    public_ip: IPv4Address | None = None
+    public_ipv6: IPv6Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseSnapshot:
     """Everything the store says at one revision: all leases by key, our own among them, and the configuration.
 
@@ -95,3 +105,4 @@ class LeaseSnapshot:
     config: NetworkConfig
     leases: Mapping[str, Lease] = field(default_factory=lambda: MappingProxyType({}))
     revision: int = 0
+    hints: NodeHints = NodeHints()

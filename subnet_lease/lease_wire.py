@@ -20,7 +20,7 @@ _OCTET: Final = r"(0|[1-9][0-9]{0,2})"
 _IPV4: Final = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}")
 _KEY: Final = re.compile(rf"{_IPV4.pattern}-(0|[1-9][0-9]?)(?:&([0-9a-f:.]+)-([1-9][0-9]{{0,2}}))?")
 _NAMES: Final = frozenset({"PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data", "Node"})
-_MARKS: Final = frozenset({"Name", "MachineID", "MAC"})
+_MARKS: Final = frozenset({"Name", "MachineID", "MAC", "BehindNAT"})
 _NO_BACKEND_TYPE: Final = frozenset({"udp", "alloc", "tencent-vpc"})  # flannel leaves the key out for these
 # What Go's encoder escapes beyond JSON's own needs.
 _GO_ESCAPES: Final = str.maketrans(
@@ -42,6 +42,8 @@ def encode_attrs(attrs: LeaseAttrs) -> str:
         value["BackendV6Data"] = attrs.backend_v6_data
     if attrs.node is not None:
         value["Node"] = {"Name": attrs.node.name, "MachineID": attrs.node.machine_id, "MAC": attrs.node.mac}
+        if attrs.behind_nat:
+            value["Node"]["BehindNAT"] = True
     return go_dumps(value)
 
 
@@ -57,13 +59,15 @@ def decode_attrs(text: str) -> LeaseAttrs:
     backend_type = value.get("BackendType")
     if backend_type is not None and not isinstance(backend_type, str):
         raise ValueError(f"BackendType {go_json.describe(backend_type)}: must be text")
+    node, behind_nat = _node(value.get("Node"))
     return LeaseAttrs(
         public_ip=_public_ip(value["PublicIP"]) if "PublicIP" in value else None,
         public_ipv6=_public_ipv6(value.get("PublicIPv6")),
         backend_type=backend_type or "",
         backend_data=value.get("BackendData"),
         backend_v6_data=value.get("BackendV6Data"),
-        node=_node(value.get("Node")),
+        node=node,
+        behind_nat=behind_nat,
     )
 
 
@@ -96,15 +100,16 @@ def _public_ipv6(value: Any) -> IPv6Address | None:
     return address if int(address) else None
 
 
-def _node(value: Any) -> NodeIdentity | None:
-    """The owner's identity; a key of that name which someone else wrote in another shape is ignored."""
+def _node(value: Any) -> tuple[NodeIdentity | None, bool]:
+    """The owner's identity, and whether it is behind NAT; a key that someone else wrote in another shape is ignored."""
     if not isinstance(value, dict):
-        return None
+        return None, False
     known, _ = go_json.fold(value, _MARKS)
     name, machine_id, mac = known.get("Name", ""), known.get("MachineID", ""), known.get("MAC", "")
     if not (isinstance(name, str) and isinstance(machine_id, str) and isinstance(mac, str)):
-        return None
-    return NodeIdentity(name, machine_id, mac) if name or machine_id or mac else None
+        return None, False
+    identity = NodeIdentity(name, machine_id, mac) if name or machine_id or mac else None
+    return identity, identity is not None and known.get("BehindNAT") is True
 
 
 def parse_subnet_key(key: str) -> tuple[IPv4Network | None, IPv6Network | None]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Network, IPv6Network
 from typing import ClassVar, Protocol
 
-from subnet_lease.lease import IPNetwork, Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
+from subnet_lease.lease import IPNetwork, Lease, LeaseAttrs, LeaseSnapshot, NodeHints, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
 
 
@@ -87,14 +87,6 @@ class SetupError(StoreError):
 
     cause = "setup"
     transient = False
-
-
-@dataclass(frozen=True, slots=True)
-class NodeHints:
-    """What the store itself says about this node's addresses (Kubernetes' node-public-ip annotations)."""
-
-    public_ip: IPv4Address | None = None
-    public_ipv6: IPv6Address | None = None
 
 
 @dataclass(frozen=True, slots=True)

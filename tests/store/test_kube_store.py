@@ -16,7 +16,7 @@ import pytest
 
 from flanneld.lab.wait import wait_until
 from subnet_lease.kube import KubeStore
-from subnet_lease.lease import LeaseAttrs, LeaseSnapshot, NodeIdentity
+from subnet_lease.lease import LeaseAttrs, LeaseSnapshot, NodeHints, NodeIdentity
 from subnet_lease.store import (
     AccessDenied,
     ConfigInvalid,
@@ -209,6 +209,19 @@ def test_the_operators_addresses_are_hints(kube, make_store):
     kube.annotate("n1", {PREFIX + "node-public-ip": "eth0"})
     with pytest.raises(ConfigInvalid, match="node-public-ip"):
         make_store(kube).hints()
+
+
+def test_changed_hints_come_with_the_next_snapshot(kube, make_store):
+    kube.add_node("n1", "10.244.1.0/24")
+    store = make_store(kube)
+    lease = store.acquire(store.read_config(), REQUEST)
+    watcher = Watcher(store)
+    assert watcher.sees(lease.key).hints == NodeHints()
+    kube.annotate("n1", {PREFIX + "node-public-ip": "198.51.100.1"})
+    wait_until(lambda: watcher.snapshots[-1].hints == NodeHints(IPv4Address("198.51.100.1")))
+    kube.annotate("n1", {PREFIX + "node-public-ip": "eth0"})
+    kube.annotate("n1", {PREFIX + "node-public-ip": None})
+    wait_until(lambda: watcher.snapshots[-1].hints == NodeHints())
 
 
 def test_an_overwrite_annotation_is_published_and_later_changes_of_it_are_followed(kube, make_store):

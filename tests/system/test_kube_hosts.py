@@ -177,3 +177,16 @@ def test_five_thousand_nodes_are_reached_within_a_minute_and_fit_into_110_megaby
         assert memory["VmRSS"] <= 110, memory
     finally:
         cluster.kube.stop()
+
+
+@pytest.mark.field_problem(22)
+def test_an_operators_address_for_a_running_node_is_published_at_once(cluster: Cluster) -> None:
+    cluster.join()
+    host = cluster.lab.hosts[0]
+    host.daemon.wait_ready()
+    host.run("ip addr add 172.30.0.99/24 dev eth0")
+    cluster.kube.annotate(host.name, {PREFIX + "node-public-ip": "172.30.0.99"})
+    wait_until(lambda: cluster.kube.annotations(host.name)[PREFIX + "public-ip"] == "172.30.0.99", 5, "the address")
+    wait_until(
+        lambda: "172.30.0.99" in cluster.lab.hosts[1].run("bridge fdb show dev flannel.1"), 5, "the peer's entry"
+    )

@@ -16,9 +16,10 @@ MakeLab = Callable[..., Lab]
 
 
 @pytest.mark.field_problem(21)
-def test_two_nodes_behind_nat_reach_each_other_at_their_published_addresses(make_lab: MakeLab) -> None:
+@pytest.mark.parametrize("direct", [False, True], ids=["tunnel", "DirectRouting"])
+def test_two_nodes_behind_nat_reach_each_other_at_their_published_addresses(make_lab: MakeLab, direct: bool) -> None:
     lab = make_lab(3, nat=("h1", "h2"))
-    lab.set_config()
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "DirectRouting": direct}})
     for host in lab.hosts:
         host.start_daemon(f"--public-ip={host.public_address}")
     for host in lab.hosts:

@@ -89,6 +89,10 @@ def test_direct_routing_replaces_the_tunnel_where_the_peer_is_on_link():
     far = peer(public_ip=IPv4Address("198.51.100.9"))
     kinds = [type(r) for r in Vxlan({"DirectRouting": True}).peer_state(here(), far)]
     assert kinds == [FdbEntry, Neighbour, Route]
+    # The address on our link is its router's, which knows nothing of pods.
+    behind = replace(found, attrs=replace(found.attrs, behind_nat=True))
+    kinds = [type(r) for r in Vxlan({"DirectRouting": True}).peer_state(here(), behind)]
+    assert kinds == [FdbEntry, Neighbour, Route]
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,8 @@ def test_an_overwrite_annotation_wins_over_our_own_address():
     found = overwritten(KEYS, VXLAN, {KEYS.name("public-ip-overwrite"): "198.51.100.1"})
     assert found.public_ip == IPv4Address("198.51.100.1")
     assert found.backend_data == VXLAN.backend_data
+    assert found.behind_nat, "nobody has that address on its link, whatever it looks like"
+    assert rendered(KEYS, found)[KEYS.name("behind-nat")] == "true"
 
 
 def test_an_overwrite_of_a_family_that_is_not_run_has_no_effect():

@@ -15,9 +15,9 @@ from flanneld.lease_keeper import LeaseKeeper
 from flanneld.options import parse
 from flanneld.status import Health
 from flanneld.underlay import View
-from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
-from subnet_lease.store import ConfigInvalid, LeaseLost, LeaseRequest, NodeHints, StoreUnavailable
+from subnet_lease.store import ConfigInvalid, LeaseLost, LeaseRequest, StoreUnavailable
 
 
 class MemoryStore:

@@ -40,6 +40,11 @@ VXLAN = LeaseAttrs(
             '{"PublicIP":"192.168.64.3","PublicIPv6":"fc00::3","BackendType":"vxlan","BackendData":{"VNI":1},'
             '"BackendV6Data":{"VNI":1},"Node":{"Name":"n","MachineID":"m","MAC":"a:b"}}',
         ),
+        (
+            LeaseAttrs(IPv4Address("1.2.3.4"), backend_type="vxlan", node=NodeIdentity("n"), behind_nat=True),
+            '{"PublicIP":"1.2.3.4","PublicIPv6":null,"BackendType":"vxlan",'
+            '"Node":{"Name":"n","MachineID":"","MAC":"","BehindNAT":true}}',
+        ),
         (LeaseAttrs(), '{"PublicIP":"0.0.0.0","PublicIPv6":null}'),
         (LeaseAttrs(public_ip=IPv4Address("1.2.3.4"), backend_type="udp"), '{"PublicIP":"1.2.3.4","PublicIPv6":null}'),
         (
@@ -55,6 +60,12 @@ VXLAN = LeaseAttrs(
 )
 def test_values_are_spelled_as_flannel_spells_them(attrs: LeaseAttrs, text: str) -> None:
     assert encode_attrs(attrs) == text
+
+
+@pytest.mark.parametrize(("said", "nat"), [("true", True), ("false", False), ('"true"', False), ("1", False)])
+def test_who_is_behind_nat_says_so_beside_its_name(said: str, nat: bool) -> None:
+    attrs = decode_attrs(f'{{"PublicIP":"1.2.3.4","Node":{{"Name":"n","BehindNAT":{said}}}}}')
+    assert attrs.node == NodeIdentity("n") and attrs.behind_nat is nat
 
 
 def test_values_are_read_by_gos_rules() -> None:
