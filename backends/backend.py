@@ -38,7 +38,8 @@ class Underlay:
     ``local`` is bound on this host, ``public`` is what peers send to; behind NAT they differ (field problem 21).
     ``prefixes`` are the on-link networks of the interface. ``mtu`` is the interface's, in bytes. ``pinned`` are the
     families whose packets the routing table would send by another interface, although this one has a default route,
-    too: a tunnel that can name its interface does so (field problem 34).
+    too: a tunnel that can name its interface does so (field problem 34). ``index`` tells an interface from another one
+    that later has the same name.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Underlay:
     public: Mapping[Family, IPAddress]
     prefixes: tuple[IPNetwork, ...] = ()
     pinned: frozenset[Family] = frozenset()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

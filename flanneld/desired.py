@@ -72,7 +72,7 @@ class DesiredState:
             instance=standing.instance,
             firewall=standing.firewalls,
             sysctls=tuple(r.path for r in self._records.values() if isinstance(r, Sysctl)),
-            sources=tuple(str(address) for address in host.underlay.local.values()),
+            sources=tuple(f"{address}%{host.underlay.index}" for address in host.underlay.local.values()),
         )
 
     @property

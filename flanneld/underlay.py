@@ -68,6 +68,7 @@ def choose_underlay(view: View, choice: Choice) -> Underlay:
         public={family: choice.public.get(family, local[family]) for family in choice.families},
         prefixes=_prefixes(interface),
         pinned=frozenset(f for f in choice.families if _leads_elsewhere(view.default.get(f, ()), interface.name)),
+        index=interface.index,
     )
 
 
