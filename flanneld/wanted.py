@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import structlog
 
 from backends.backend import BackendError
-from backends.kernel_state import Change, Observation, Record, RouteLookup
+from backends.kernel_state import Change, Link, Observation, Record, RouteLookup, Wireguard
 from flanneld.board import Board
 from flanneld.desired import DesiredState, Standing
 from flanneld.host_claims import DeviceTaken, HostClaims
@@ -124,6 +124,8 @@ class WantedState:
         if result.blind:
             metrics.errors.labels("observe").inc()
         if result.changes:
+            if not self.last_pass:
+                self._log_strangers(result)
             self.last_pass = {
                 "at": time.time(),
                 "changes": len(result.changes),
@@ -210,6 +212,17 @@ class WantedState:
             log.info("peer no longer refused", subnet=key)
         self._refused = dict(desired.refused)
         self._metrics.refused.set(len(self._refused))
+
+    @staticmethod
+    def _log_strangers(result: PassResult) -> None:
+        """At the start: a device of our name that was made otherwise, by another program or another configuration."""
+        for change in result.changes:
+            now, before = change.record, change.previous
+            if not isinstance(now, Link) or not isinstance(before, Link) or isinstance(now.settings, Wireguard):
+                continue
+            if change.op == "put" and now.settings != before.settings:
+                had, has = str(before.settings), str(now.settings)
+                log.warning("a device of this name stood there with other settings", device=now.name, had=had, has=has)
 
     def _log_changes(self, result: PassResult) -> None:
         repairs = result.repairs

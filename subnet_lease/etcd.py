@@ -148,8 +148,12 @@ class EtcdStore:
 
     def renew(self, lease: Lease) -> float:
         current = self._read(lease.key)
-        if current is None or current.store_ref != lease.store_ref or not _same_owner(current, lease):
+        if current is None or not _same_owner(current, lease):
             raise self._lost(lease, current)
+        if current.store_ref != lease.store_ref:
+            if current.attrs != lease.attrs:
+                raise self._lost(lease, current)
+            lease = current  # an operator made it a reservation, or an ordinary lease again
         if not lease.reservation:
             due = self._renewed.get(lease.store_ref, float("-inf")) + self._renew_every
             if time.monotonic() >= due:

@@ -188,6 +188,17 @@ def test_a_reservation_stays_one(network: Network) -> None:
     assert '"lease"' not in network.etcd.ctl("get", "-w=json", network.key("10.5.52.0-24"))
 
 
+@pytest.mark.field_problem(39)
+def test_a_lease_that_an_operator_makes_permanent_is_not_lost(network: Network) -> None:
+    store = network.store()
+    lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    network.etcd.ctl("put", network.key(lease.key), network.get(lease.key))  # without an etcd lease
+    assert store.renew(lease) > 0
+    network.etcd.ctl("put", network.key(lease.key), network.get(lease.key).replace("192.168.64.3", "192.168.64.4"))
+    with pytest.raises(LeaseLost, match="rewritten by another process"):
+        store.renew(lease)
+
+
 @pytest.mark.field_problem(41)
 def test_release_frees_the_subnet_at_once(network: Network) -> None:
     store = network.store()

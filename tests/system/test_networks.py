@@ -148,6 +148,17 @@ def test_fifty_daemons_join_a_nearly_full_network_at_once(make_lab: MakeLab) -> 
     lab.wait_peers(timeout=30)
 
 
+def test_a_device_of_our_name_with_other_settings_is_replaced_and_told(make_lab: MakeLab) -> None:
+    lab = make_lab(1)
+    lab.set_config()
+    host = lab.hosts[0]
+    host.run("ip link add flannel.1 type vxlan id 7 dev eth0 dstport 4789 local 172.30.0.11")
+    host.start_daemon(wait=True)
+    assert "vxlan id 1 local 172.30.0.11 dev eth0 srcport 0 0 dstport 8472" in host.run("ip -d link show flannel.1")
+    told = [line for line in host.daemon.output().splitlines() if "stood there with other settings" in line]
+    assert len(told) == 1 and "vni=7" in told[0] and "port=4789" in told[0]
+
+
 def test_json_is_flannels(make_lab: MakeLab) -> None:
     lab = make_lab(1)
     lab.set_config()
