@@ -134,6 +134,7 @@ class KubeStore:
                 f"node {node.metadata.name} now has podCIDR {shown(subnets)}, but its containers live in"
                 f" {shown(request.previous)}; drain the node and restart flanneld to move to the new subnet"
             )
+        self._refuse_rivals(node, request.attrs)
         return self._own.publish(config, node, request.attrs)
 
     def renew(self, lease: Lease) -> float:
@@ -150,7 +151,13 @@ class KubeStore:
             if (lease.subnet, lease.ipv6_subnet) != (v4 if lease.subnet else None, v6 if lease.ipv6_subnet else None):
                 raise LeaseLost(f"node {self._own.name()} now has podCIDR {shown((v4, v6))}, not {lease.key}")
             self._own.repair(fold.own)
+            self._refuse_rivals(fold.own, lease.attrs)
         return CHECK
+
+    def _refuse_rivals(self, own: Node, attrs: LeaseAttrs) -> None:
+        fold = self._fold
+        if fold is not None and fold.listed:
+            self._own.refuse_rivals(fold.leases.values(), own, attrs)
 
     def publish(self, lease: Lease, attrs: LeaseAttrs) -> Lease:
         node = self._own.read()
@@ -158,6 +165,7 @@ class KubeStore:
         subnets = self._own.subnets(config, node)
         if (lease.subnet, lease.ipv6_subnet) != subnets:
             raise LeaseLost(f"node {node.metadata.name} now has podCIDR {shown(subnets)}, not {lease.key}")
+        self._refuse_rivals(node, attrs)
         return self._own.publish(config, node, attrs)
 
     def release(self, lease: Lease) -> None:  # noqa: ARG002 -- a node has one lease

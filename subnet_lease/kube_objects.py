@@ -18,6 +18,7 @@ class Metadata(msgspec.Struct, frozen=True, rename="camel"):
     namespace: str = ""
     uid: str = ""
     resource_version: str = ""
+    creation_timestamp: str = ""
     annotations: dict[str, str] | None = None
 
 
@@ -58,6 +59,16 @@ class Node(msgspec.Struct, GlobalResource, frozen=True):
         """The resource version as a number, 0 where it is none."""
         version = self.metadata.resource_version
         return int(version) if version.isdecimal() else 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether its kubelet says, and has said lately, that it works."""
+        return any(c.type == "Ready" and c.status == "True" for c in self.status.conditions or ())
+
+    @property
+    def seniority(self) -> tuple[str, str]:
+        """Of two nodes, the one with the lesser was there first."""
+        return self.metadata.creation_timestamp, self.metadata.name
 
     def older_than(self, version: str) -> bool:
         """Whether this is the node as it was before the write that gave it ``version``."""

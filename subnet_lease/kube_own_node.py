@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from subnet_lease.allocation import same_address
 from subnet_lease.kube_annotations import (
     BadNode,
     Keys,
@@ -25,7 +26,7 @@ from subnet_lease.kube_objects import Node
 from subnet_lease.kube_report import Events
 from subnet_lease.lease import FAMILIES, Family, IPNetwork, Lease, LeaseAttrs, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
-from subnet_lease.store import ConfigInvalid, LeaseLost, NodeMissing, PodCidrMissing, StoreError
+from subnet_lease.store import AddressInUse, ConfigInvalid, LeaseLost, NodeMissing, PodCidrMissing, StoreError
 
 _REPAIR_EVERY: Final = 5.0
 """Seconds between two repairs of our own annotations: another writer must not draw us into a race."""
@@ -145,6 +146,32 @@ class OwnNode:
         if lease is None:
             raise LeaseLost(f"node {name}: somebody removed our annotations while they were written")
         return replace(lease, attrs=attrs if lease.attrs == effective else lease.attrs, revision=node.revision)
+
+    def refuse_rivals(self, leases: Iterable[Lease], own: Node, attrs: LeaseAttrs) -> None:
+        """AddressInUse if a live node that was there before us publishes our address (field problem 10).
+
+        Of two, the younger gives way. A node whose kubelet is silent is as good as gone: we may be what replaced it.
+        """
+        if attrs.backend_type == "alloc":
+            return  # nobody sends anything to it
+        try:
+            attrs = overwritten(self._keys, attrs, own.annotations)
+        except BadNode:
+            return  # told by whoever publishes
+        for lease in leases:
+            name = lease.attrs.node.name if lease.attrs.node else ""
+            if name == own.metadata.name or not same_address(lease.attrs, attrs):
+                continue
+            try:
+                rival = self._api().node(name)
+            except NotFound:
+                continue
+            if rival.ready and rival.seniority < own.seniority:
+                raise AddressInUse(
+                    f"public IP {attrs.public_ip or attrs.public_ipv6} of node {own.metadata.name} is in use by the live"
+                    f" node {name}, which has {lease.key}. Two nodes cannot share one: give each its own by the annotation"
+                    f" {self._keys.name('node-public-ip')}, or choose another interface with --iface"
+                )
 
     def as_asked(self, leases: Mapping[str, Lease], own: Node | None, lease: Lease | None) -> Mapping[str, Lease]:
         """The leases, our own with the attributes that we asked for rather than those that an operator overwrote.

@@ -19,6 +19,7 @@ from subnet_lease.kube import KubeStore
 from subnet_lease.lease import LeaseAttrs, LeaseSnapshot, NodeHints, NodeIdentity
 from subnet_lease.store import (
     AccessDenied,
+    AddressInUse,
     ConfigInvalid,
     ConfigMissing,
     LeaseLost,
@@ -209,6 +210,32 @@ def test_the_operators_addresses_are_hints(kube, make_store):
     kube.annotate("n1", {PREFIX + "node-public-ip": "eth0"})
     with pytest.raises(ConfigInvalid, match="node-public-ip"):
         make_store(kube).hints()
+
+
+@pytest.mark.field_problem(10)
+def test_a_live_older_nodes_address_is_refused_until_that_node_falls_silent(fake, make_store):
+    fake.add_node("a-first", "10.244.9.0/24", annotations=peer_annotations("192.0.2.1", "02:00:00:00:00:09"))
+    fake.add_node("n1", "10.244.1.0/24")
+    store = make_store(fake)
+    Watcher(store).sees("10.244.9.0-24")
+    with pytest.raises(AddressInUse, match=r"192\.0\.2\.1 of node n1 .* node a-first, .*node-public-ip"):
+        store.acquire(store.read_config(), REQUEST)
+    assert PREFIX + "public-ip" not in fake.annotations("n1"), "nothing is published"
+    fake.condition("a-first", "Ready", "Unknown")
+    lease = store.acquire(store.read_config(), REQUEST)
+    assert store.renew(lease) > 0
+    fake.condition("a-first", "Ready", "True")
+    with pytest.raises(AddressInUse):
+        store.renew(lease)
+
+
+@pytest.mark.field_problem(10)
+def test_the_older_of_two_nodes_with_one_address_stays(fake, make_store):
+    fake.add_node("n1", "10.244.1.0/24")
+    fake.add_node("z-later", "10.244.9.0/24", annotations=peer_annotations("192.0.2.1", "02:00:00:00:00:09"))
+    store = make_store(fake)
+    Watcher(store).sees("10.244.9.0-24")
+    assert store.renew(store.acquire(store.read_config(), REQUEST)) > 0
 
 
 def test_changed_hints_come_with_the_next_snapshot(kube, make_store):

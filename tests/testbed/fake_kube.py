@@ -107,6 +107,7 @@ class Store:
                 raise ApiFailure(409, "AlreadyExists", f'{plural} "{key[1]}" already exists')
             obj = {"apiVersion": f"{group}/v1" if group else "v1", "kind": kind, **copy.deepcopy(obj)}
             obj["metadata"].setdefault("uid", str(uuid.uuid4()))
+            obj["metadata"].setdefault("creationTimestamp", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
             return self.write("ADDED", plural, obj)
 
     def get(self, plural: str, namespace: str, name: str) -> Object:
@@ -308,6 +309,9 @@ class FakeKube:
         """What kubelet does every five minutes: the node changes, and nothing in it that matters."""
         stamp = {"type": "Ready", "status": "True", "lastHeartbeatTime": str(time.time_ns())}
         self.patch_node(name, {"status": {"conditions": [stamp]}})
+
+    def condition(self, name: str, kind: str, status: str) -> None:
+        self.patch_node(name, {"status": {"conditions": [{"type": kind, "status": status}]}})
 
     def delete_node(self, name: str) -> None:
         self.store.delete("nodes", "", name)
