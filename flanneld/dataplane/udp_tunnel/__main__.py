@@ -43,10 +43,10 @@ def main() -> int:
     try:
         tunnel.run()
     except DeviceGone as gone:
-        tunnel.say_why(str(gone))
+        tunnel.commands.say_why(str(gone))
         return 2
     except BaseException:
-        tunnel.say_why(traceback.format_exc())
+        tunnel.commands.say_why(traceback.format_exc())
         raise
     return 0
 

@@ -8,12 +8,13 @@ import os
 import select
 import socket
 import struct
-import time
 from collections import Counter
 from typing import Any, Final
 
 from flanneld.dataplane.udp_tunnel import control, device, packet
+from flanneld.dataplane.udp_tunnel.commands import Commands
 from flanneld.dataplane.udp_tunnel.device import VNET_HEADER, Offloads
+from flanneld.dataplane.udp_tunnel.icmp import IcmpErrors
 from flanneld.dataplane.udp_tunnel.peers import Hop, PeerTable
 from flanneld.dataplane.udp_tunnel.segments import CWR, Buffer, NotSegmentable, Segmenter, flow_runs
 
@@ -23,9 +24,6 @@ BURST: Final = 64
 MAX_DATAGRAM: Final = 65507
 MAX_SEGMENTS: Final = 64
 """UDP_MAX_SEGMENTS of the oldest kernels that have UDP_SEGMENT."""
-
-ICMP_PER_SECOND: Final = 1000
-"""The kernel's own limit (net.ipv4.icmp_msgs_per_sec)."""
 
 VNET_SIZE: Final = VNET_HEADER.size
 OUTBOUND: Final = struct.Struct("!BB8xBxHxxxxBBHxxxxI")
@@ -61,14 +59,8 @@ class Tunnel:
         self.name, self.settings, self._want_offloads = name, settings, want_offloads
         self.peers = PeerTable()
         self.counters: Counter[str] = Counter()
-        self._connections: dict[int, control.Connection] = {}
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            self._listener.bind(control.address_for(name))
-        except OSError as error:
-            raise device.DeviceError(f"a tunnel worker for {name} runs already, or poses as one: {error}") from error
-        self._listener.listen(8)
-        self._listener.setblocking(False)
+        self._epoll = select.epoll()
+        self.commands = Commands(self, self._epoll)
 
         self.udp = self._bind(settings)
         self._udp_fd = self.udp.fileno()
@@ -76,15 +68,13 @@ class Tunnel:
         tcp, udp = device.grant_tun(self.tun, want_offloads)
         segment, gro = device.grant_socket(self.udp, want_offloads)
         self.offloads = Offloads(tcp=tcp, udp=udp, segment=segment, gro=gro)
-        self._icmp = socket.socket(socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+        self._errors = IcmpErrors(name, self.counters)
 
-        self._epoll = select.epoll()
-        for descriptor in (self.udp.fileno(), self.tun, self._listener.fileno()):
+        for descriptor in (self.udp.fileno(), self.tun):
             self._epoll.register(descriptor, select.EPOLLIN)
         self._running = True
         self._remove_device = False
         self._device_is_down = False
-        self._icmp_second, self._icmp_sent = 0, 0
 
         self._splitter, self._joiner = Segmenter(), Segmenter(room=VNET_SIZE)
         # Both buffers have the virtio header in front, so that one read or write carries header and packet.
@@ -112,10 +102,10 @@ class Tunnel:
                 elif descriptor == self._udp_fd:
                     self._drain_udp()
                 else:
-                    self._serve(descriptor)
+                    self.commands.serve(descriptor)
         if self._remove_device:
             device.remove_tun(self.tun)
-        self._listener.close()
+        self.commands.close()
 
     def _drain_tun(self, events: int) -> None:
         """Read packets until there are none, or the burst is full.
@@ -296,36 +286,16 @@ class Tunnel:
         hop = self.peers.next_hop(packet.destination(view))
         if hop is None:
             self.counters["drop_no_peer"] += 1
-            self._refuse(packet.NET_UNREACHABLE, view, size)
+            self._errors.send(packet.NET_UNREACHABLE, view, size)
         elif not packet.decrement_ttl(view):
             self.counters["drop_ttl_expired"] += 1
-            self._refuse(packet.TIME_EXCEEDED, view, size)
+            self._errors.send(packet.TIME_EXCEEDED, view, size)
         else:
             flags, kind, *_ = VNET_HEADER.unpack_from(self._frame)
             if kind or flags:
                 self._offloaded(size, kind, hop)
             else:
                 self._queue(size, hop)
-
-    def _refuse(self, kind: tuple[int, int], view: memoryview, size: int) -> None:
-        """Tell the sender why its packet goes no further.
-
-        Sent as this host's own packet: one that came out of the TUN with this host's address as source would be
-        dropped as martian, and one about a peer's packet takes the tunnel by itself.
-        """
-        second = int(time.monotonic())
-        if second != self._icmp_second:
-            self._icmp_second, self._icmp_sent = second, 0
-        if self._icmp_sent >= ICMP_PER_SECOND:
-            return
-        sender = device.address_of(self.name)
-        error = packet.icmp_error(kind, view, size, sender) if sender else None
-        if error is None:
-            return
-        self._icmp_sent += 1
-        with contextlib.suppress(OSError):
-            self._icmp.sendto(error, (socket.inet_ntoa(error[16:20]), 0))
-            self.counters["icmp_sent"] += 1
 
     # From peers to the TUN
 
@@ -359,7 +329,7 @@ class Tunnel:
         inner = frame[VNET_SIZE:]
         if not packet.decrement_ttl(inner):
             self.counters["drop_ttl_expired"] += whole.rows
-            self._refuse(packet.TIME_EXCEEDED, inner, len(inner))
+            self._errors.send(packet.TIME_EXCEEDED, inner, len(inner))
             return whole.rows
         kind = device.GSO_UDP
         if shape.protocol == packet.TCP:
@@ -378,7 +348,7 @@ class Tunnel:
             self.counters["drop_malformed"] += 1
         elif not packet.decrement_ttl(view):
             self.counters["drop_ttl_expired"] += 1
-            self._refuse(packet.TIME_EXCEEDED, view, size)
+            self._errors.send(packet.TIME_EXCEEDED, view, size)
         else:
             total = view[2] << 8 | view[3]
             self._single[VNET_SIZE : VNET_SIZE + total] = view[:total]
@@ -396,63 +366,13 @@ class Tunnel:
             received[0] += packets
             received[1] += len(frame) - VNET_SIZE
 
-    # The daemon's commands
+    # What the daemon's commands do
 
-    def say_why(self, reason: str) -> None:
-        """Tell whoever is connected why the worker ends."""
-        for connection in self._connections.values():
-            connection.answer({"ended": reason})
+    def stop(self, *, remove_device: bool) -> None:
+        """End ``run``; without ``remove_device`` the device waits for the next worker."""
+        self._running, self._remove_device = False, remove_device
 
-    def _serve(self, descriptor: int) -> None:
-        if descriptor == self._listener.fileno():
-            self._accept()
-            return
-        connection = self._connections.get(descriptor)
-        if connection is None:
-            return
-        connection.flush()
-        requests = connection.requests()
-        for request in requests or ():
-            connection.answer(self._answer(request))
-        if requests is None:
-            self._epoll.unregister(descriptor)
-            del self._connections[descriptor]
-            connection.socket.close()
-        else:
-            self._epoll.modify(descriptor, select.EPOLLIN | (select.EPOLLOUT if connection.wants_to_write else 0))
-
-    def _accept(self) -> None:
-        try:
-            accepted, _ = self._listener.accept()
-        except OSError:
-            return
-        if control.trusted(accepted) is None:
-            accepted.close()
-            return
-        self._connections[accepted.fileno()] = control.Connection(accepted)
-        self._epoll.register(accepted.fileno(), select.EPOLLIN)
-
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            match request.get("op"):
-                case "state":
-                    return self._state()
-                case "configure":
-                    return self._configure({key: request[key] for key in ("local", "port", "underlay", "network")})
-                case "peers":
-                    self.peers.update(request.get("put", ()), request.get("remove", ()))
-                    return {}
-                case "counters":
-                    return self._count()
-                case "stop":
-                    self._running, self._remove_device = False, bool(request.get("remove_device"))
-                    return {}
-                case other:
-                    return {"error": f"no such command: {other}"}
-        except (KeyError, TypeError, ValueError, device.DeviceError) as error:
-            return {"error": f"{error}"}
-
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {
             "version": control.VERSION,
             "pid": os.getpid(),
@@ -461,7 +381,7 @@ class Tunnel:
             "peers": self.peers.entries(),
         }
 
-    def _count(self) -> dict[str, int]:
+    def count(self) -> dict[str, int]:
         traffic = zip(("tx_packets", "tx_bytes", "rx_packets", "rx_bytes"), self._sent + self._received, strict=True)
         drops = {f"drop_{cause}": 0 for cause in DROPS}
         return {**dict(traffic), **drops, **self.counters, "drop_receive_queue_full": device.queue_drops(self.udp)}
@@ -469,7 +389,7 @@ class Tunnel:
     def _bind(self, settings: dict[str, Any]) -> socket.socket:
         return device.open_socket(settings["local"], settings["port"], settings["underlay"])
 
-    def _configure(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def configure(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Take other settings without letting go of the device. On failure the old ones stay."""
         if all(settings[key] == self.settings[key] for key in ("local", "port")):
             # Also when only the interface has another name now: a second socket could not have the same port.
