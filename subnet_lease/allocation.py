@@ -46,6 +46,13 @@ def likeness(lease: NodeIdentity | None, ours: NodeIdentity) -> Likeness:
     return "same" if equal == len(known) else "alike"
 
 
+def reserved_by_name(lease: Lease, ours: NodeIdentity) -> bool:
+    """Whether this is a reservation that carries our name and nothing else, so that no node has taken it yet."""
+    attrs = lease.attrs
+    bare = attrs.public_ip is None and attrs.public_ipv6 is None
+    return lease.reservation and bare and bool(ours.name) and attrs.node == NodeIdentity(ours.name)
+
+
 def same_address(a: LeaseAttrs, b: LeaseAttrs) -> bool:
     """Whether two nodes publish one address, in either family."""
     return any(a.public_ip_of(f) is not None and a.public_ip_of(f) == b.public_ip_of(f) for f in FAMILIES)
@@ -66,12 +73,13 @@ def find_own(leases: Iterable[Lease], request: LeaseRequest, alive: Alive) -> Ow
     for lease in leases:
         alike = likeness(lease.attrs.node, request.identity)
         address = same_address(lease.attrs, request.attrs)
-        if not address and alike in ("other", "unknown"):
+        named = reserved_by_name(lease, request.identity)
+        if not address and not named and alike in ("other", "unknown"):
             continue
         if alike != "unknown" and alive(lease):
             rival = lease if address else rival
             continue
-        rank = {"same": 0, "unknown": 1, "alike": 2, "other": 3}[alike]
+        rank = 1 if named else {"same": 0, "unknown": 2, "alike": 3, "other": 4}[alike]
         order = (rank, not address, (lease.subnet, lease.ipv6_subnet) != request.previous, lease.key)
         if best is None or order < best[0]:
             best = (order, lease)

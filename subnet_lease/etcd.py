@@ -236,12 +236,21 @@ class EtcdStore:
             # Ours, but of another shape: it makes room for the new one.
             self._discard(own)
         created = self._create(subnets, attrs, grant, allocation.key_tells_all(config, leases))
-        if created is not None and own is not None and not own.reservation:
+        if created is None or own is None:
+            return created
+        if not own.reservation:
             if not request.keep:
                 log.warning(
                     "this node's lease lay outside the network; it has another one now", old=own.key, new=created.key
                 )
             self._discard(own)
+        elif not request.keep and not allocation.overlapping([own], subnets):
+            log.warning(
+                "the subnet reserved for this node lies outside the network; it has another one. Correct the network"
+                " (flannelctl config set) or the reservation (flannelctl release, then reserve)",
+                reserved=own.key,
+                leased=created.key,
+            )
         return created
 
     def _take_back(self, own: Lease, attrs: LeaseAttrs) -> Lease | None:
@@ -382,7 +391,9 @@ class EtcdStore:
             sign = self._up.read(lease.key)
             if sign is None:
                 return False
-            ours = allocation.likeness(lease.attrs.node, request.identity) == "same"
+            same = allocation.likeness(lease.attrs.node, request.identity) == "same"
+            # A running node's lease may have been replaced by a reservation for it.
+            ours = same or allocation.reserved_by_name(lease, request.identity)
             return not (ours and sign == self._instance)
 
         return alive

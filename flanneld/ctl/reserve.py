@@ -7,7 +7,7 @@ import dataclasses
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING
 
-from flanneld.ctl.output import OK, USAGE, Problem, put
+from flanneld.ctl.output import OK, USAGE, Problem, note, put
 
 if TYPE_CHECKING:
     from subnet_lease.lease import Lease
@@ -20,8 +20,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser = commands.add_parser(
         "reserve",
         help="give a node a subnet that never expires",
-        description="Write a lease without expiry. The node that it names gets this subnet when flanneld starts there, "
-        "and keeps it. A subnet that the node already leases becomes a reservation as it is.",
+        description="Write a lease without expiry. The node that it names gets this subnet when flanneld starts there "
+        "and has no other lease, and keeps it. A subnet that the node already leases becomes a reservation as it is.",
         allow_abbrev=False,
     )
     parser.add_argument("subnet", metavar="SUBNET", help="10.5.52.0/24; dual-stack: 10.5.52.0/24,fc00:0:0:34::/64")
@@ -51,10 +51,18 @@ def run(arguments: argparse.Namespace) -> int:
             node=NodeIdentity(arguments.node) if arguments.node else None,
         )
         lease = Lease(*subnets, attrs, reservation=True)
-        for other in overlapping(access.leases(), subnets):
+        leases = access.leases()
+        for other in overlapping(leases, subnets):
             lease = adopt(lease, other)
         access.reserve(lease)
         put(f"reserved {arguments.subnet} for {owner(lease)}")
+        for other in leases:
+            if other.key != lease.key and same_node(lease, other):
+                note(
+                    "note",
+                    f"{owner(other)} has {other.subnet or other.ipv6_subnet} already and keeps that; to move it, drain"
+                    " the node, stop flanneld there, release that subnet, and start flanneld",
+                )
     return OK
 
 
@@ -77,6 +85,8 @@ def parse_subnets(text: str) -> tuple[IPv4Network | None, IPv6Network | None]:
 
 def check(subnets: tuple[IPv4Network | None, IPv6Network | None], config: NetworkConfig) -> None:
     """Whether the network could ever give these out; Problem says why not."""
+    from subnet_lease.allocation import fits
+
     for family, subnet, length in ((4, subnets[0], config.subnet_len), (6, subnets[1], config.ipv6_subnet_len)):
         network = config.network_of(family)
         if subnet is None and network is not None:
@@ -91,15 +101,27 @@ def check(subnets: tuple[IPv4Network | None, IPv6Network | None], config: Networ
             raise Problem(
                 f"{subnet}: subnets of this network are /{length}", f"write {subnet.network_address}/{length}"
             )
+    if not fits(config, subnets):
+        given = ", ".join(str(subnet) for subnet in subnets if subnet is not None)
+        handed_out = [config.subnet_range_of(subnet.version) for subnet in subnets if subnet is not None]
+        raise Problem(
+            f"{given} lies outside what this network hands out: {' and '.join(f'{a} to {b}' for a, b in handed_out)}",
+            "choose one inside it, or change SubnetMin and SubnetMax (flannelctl config set)",
+        )
 
 
-def adopt(wanted: Lease, other: Lease) -> Lease:
-    """The lease to write where ``other`` stands: its own, made permanent, if it is the same node's. Problem if not."""
+def same_node(wanted: Lease, other: Lease) -> bool:
+    """Whether both are one node's by what is known of it, name or address, and nothing contradicts."""
     same_name = wanted.attrs.node and other.attrs.node and wanted.attrs.node.name == other.attrs.node.name
     mine = wanted.attrs.public_ip or wanted.attrs.public_ipv6
     same_ip = mine is not None and mine in (other.attrs.public_ip, other.attrs.public_ipv6)
     contradicts = (mine is not None and not same_ip) or (wanted.attrs.node and other.attrs.node and not same_name)
-    if other.key != wanted.key or contradicts or not (same_name or same_ip):
+    return bool(same_name or same_ip) and not contradicts
+
+
+def adopt(wanted: Lease, other: Lease) -> Lease:
+    """The lease to write where ``other`` stands: its own, made permanent, if it is the same node's. Problem if not."""
+    if other.key != wanted.key or not same_node(wanted, other):
         raise Problem(
             f"{other.key} belongs to {owner(other)}",
             f"choose another subnet, or free it: flannelctl release {other.subnet or other.ipv6_subnet}",

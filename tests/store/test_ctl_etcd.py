@@ -177,8 +177,10 @@ def test_reserve_writes_a_lease_without_expiry(ctl: Run, etcd: Etcd) -> None:
     assert (code, out) == (0, "reserved 10.5.7.0/24 for the node at 192.0.2.7\n")
     value = etcd.ctl("get", "--print-value-only", f"{PREFIX}/subnets/10.5.7.0-24").strip()
     assert value == '{"PublicIP":"192.0.2.7","PublicIPv6":null}'
-    assert ctl("reserve", "10.5.8.0/24", "--node", "web8")[0] == 0
-    assert [lease["reservation"] for lease in json.loads(ctl("leases", "--json")[1])] == [True, True]
+    assert ctl("reserve", "10.5.8.0/24", "--node", "web8")[::2] == (0, "")
+    _, _, err = ctl("reserve", "10.5.9.0/24", "--node", "web8")
+    assert "node web8 has 10.5.8.0/24 already and keeps that; to move it, drain the node" in err
+    assert [lease["reservation"] for lease in json.loads(ctl("leases", "--json")[1])] == [True] * 3
 
 
 def test_reserve_makes_a_nodes_own_lease_permanent_as_it_is(ctl: Run, etcd: Etcd) -> None:
@@ -201,6 +203,7 @@ def test_reserve_refuses_what_cannot_be(ctl: Run, etcd: Etcd) -> None:
         (["10.5.5.0/24", "--node", "node9"], 1, "flannelctl release 10.5.5.0/24"),
         (["10.6.0.0/24", "--node", "a"], 1, "outside the network"),
         (["10.5.6.0/25", "--node", "a"], 1, "are /24"),
+        (["10.5.0.0/24", "--node", "a"], 1, "outside what this network hands out: 10.5.1.0/24 to 10.5.255.0/24"),
         (["10.5.6.1/24", "--node", "a"], 2, "host bits"),
         (["10.5.6.0/24"], 2, "for whom"),
         (["10.5.6.0/24", "--public-ip", "nowhere"], 2, "not an IP address"),

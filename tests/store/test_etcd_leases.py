@@ -7,6 +7,7 @@ import threading
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import pytest
+from structlog.testing import capture_logs
 
 from flanneld.lab.wait import wait_until
 from subnet_lease.lease import Lease
@@ -197,6 +198,46 @@ def test_a_lease_that_an_operator_makes_permanent_is_not_lost(network: Network) 
     network.etcd.ctl("put", network.key(lease.key), network.get(lease.key).replace("192.168.64.3", "192.168.64.4"))
     with pytest.raises(LeaseLost, match="rewritten by another process"):
         store.renew(lease)
+
+
+@pytest.mark.field_problem(39)
+def test_a_reservation_for_a_name_is_given_to_the_node_of_that_name_and_no_other(network: Network) -> None:
+    reserved = '{"PublicIP":"0.0.0.0","PublicIPv6":null,"Node":{"Name":"a","MachineID":"","MAC":""}}'
+    network.etcd.ctl("put", network.key("10.5.52.0-24"), reserved)
+    assert join(network, "b", "192.168.64.4").key != "10.5.52.0-24"
+    store = network.store()
+    request = request_of("a", "192.168.64.3", previous=(IPv4Network("10.5.77.0/24"), None))
+    lease = store.acquire(store.read_config(), request)
+    assert (lease.key, lease.reservation, lease.store_ref) == ("10.5.52.0-24", True, 0)
+    assert network.get(lease.key) == (
+        FLANNELD[:-1].replace("c6:d2:32:6f:8f:44", "02:00:00:00:00:01") % "192.168.64.3"
+        + ',"Node":{"Name":"a","MachineID":"machine-a","MAC":"02:00:a"}}'
+    )
+    store.renew(lease)
+    assert join(network, "a", "192.168.64.5", "another kernel", machine_id="m", mac="02:00:m").key != lease.key
+
+
+@pytest.mark.field_problem(39)
+def test_a_running_node_takes_the_reservation_that_replaced_its_lease(network: Network) -> None:
+    store = network.store("kernel-1")
+    request = request_of("a", "192.168.64.3")
+    lease = store.acquire(store.read_config(), request)
+    network.etcd.ctl("put", network.key(lease.key), '{"PublicIP":"0.0.0.0","Node":{"Name":"a"}}')
+    keep = dataclasses.replace(request, previous=(lease.subnet, lease.ipv6_subnet), keep=True)
+    again = store.acquire(store.read_config(), keep)
+    assert (again.key, again.reservation, again.attrs.node) == (lease.key, True, request.identity)
+
+
+def test_a_reservation_outside_the_network_is_told(network: Network) -> None:
+    network.configure('{"Network":"10.6.0.0/16","Backend":{"Type":"vxlan"}}')
+    network.etcd.ctl("put", network.key("10.5.52.0-24"), '{"PublicIP":"192.168.64.3"}')
+    with capture_logs() as logs:
+        lease = join(network, "a", "192.168.64.3")
+    assert lease.key != "10.5.52.0-24"
+    (warning,) = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert "the subnet reserved for this node" in warning["event"]
+    assert (warning["reserved"], warning["leased"]) == ("10.5.52.0-24", lease.key)
+    assert network.keys() == sorted([lease.key, "10.5.52.0-24"])
 
 
 @pytest.mark.field_problem(41)

@@ -49,6 +49,28 @@ def test_a_second_node_with_a_live_nodes_address_is_refused_and_both_are_named(m
     assert len(lab.etcd.ctl("get", "--prefix", "--keys-only", "/coreos.com/network/subnets/").split()) == 1
 
 
+@pytest.mark.field_problem(39)
+def test_a_node_gets_the_subnet_that_is_reserved_for_its_name(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    lab.set_config()
+    host = lab.hosts[0]
+    done = host.ctl("reserve", "10.5.77.0/24", "--node", "h1")
+    assert done.returncode == 0, done.stderr
+    lab.start_daemons()
+    lab.wait_peers()
+    assert host.daemon.subnet_env()["FLANNEL_SUBNET"] == "10.5.77.1/24"
+    assert lab.hosts[1].daemon.subnet_env()["FLANNEL_SUBNET"] != "10.5.77.1/24"
+    lease = json.loads(host.ctl("leases", "--json").stdout)[-1]
+    assert (lease["subnet"], lease["node"], lease["public_ip"]) == ("10.5.77.0/24", "h1", host.address)
+    assert (lease["reservation"], lease["expires_in"]) == (True, None)
+    assert json.loads(host.ctl("status", "--json").stdout)["reservation"] is True
+    # It is the node's own now, by all its marks: also without a file that says so, and under another name.
+    host.daemon.stop()
+    host.daemon.subnet_file.unlink()
+    host.start_daemon("--node-name=renamed", wait=True)
+    assert host.daemon.subnet_env()["FLANNEL_SUBNET"] == "10.5.77.1/24"
+
+
 @pytest.mark.field_problem(34)
 def test_outer_packets_leave_by_the_chosen_interface_and_address(make_lab: MakeLab) -> None:
     lab = make_lab(2, second="172.31.0.0/24")

@@ -101,6 +101,34 @@ def test_identity_counts_more_than_address_and_address_breaks_ties() -> None:
     assert allocation.find_own(two, request(previous="10.5.9.0/24"), dead).lease is two[1]
 
 
+@pytest.mark.field_problem(39)
+@pytest.mark.parametrize(
+    ("node", "ip", "reserved", "alive", "ours"),
+    [
+        (NodeIdentity("us"), "0.0.0.0", True, False, True),
+        (NodeIdentity("us"), "0.0.0.0", True, True, False),  # another node still runs on that subnet
+        (NodeIdentity("us"), "0.0.0.0", False, False, False),  # whoever wrote that, it is no reservation
+        (NodeIdentity("us"), OTHER_IP, True, False, False),  # for a namesake with another address
+        (NodeIdentity("us", "elsewhere"), "0.0.0.0", True, False, False),  # a namesake has taken it
+        (NodeIdentity("other"), "0.0.0.0", True, False, False),
+    ],
+)
+def test_a_reservation_for_our_name(node: NodeIdentity, ip: str, reserved: bool, alive: bool, ours: bool) -> None:
+    made = lease("10.5.3.0/24", ip=ip, node=node, reservation=reserved)
+    made = replace(made, attrs=replace(made.attrs, public_ip=None if ip == "0.0.0.0" else IPv4Address(ip)))
+    assert (allocation.find_own([made], request(), lambda _: alive).lease is made) is ours
+
+
+def test_a_reservation_for_our_name_counts_less_than_our_own_lease_and_more_than_all_else() -> None:
+    bare = LeaseAttrs(node=NodeIdentity("us"))
+    named = Lease(IPv4Network("10.5.9.0/24"), None, bare, reservation=True)
+    others = [lease("10.5.1.0/24", ip=SAME_IP, node=node) for node in (None, ALIKE, OTHER)]
+    dead = lambda _: False  # noqa: E731
+    assert allocation.find_own([*others, named], request(previous="10.5.1.0/24"), dead).lease is named
+    own = lease("10.5.2.0/24", ip=OTHER_IP, node=US)
+    assert allocation.find_own([named, own], request(), dead).lease is own
+
+
 def test_previous_subnet_if_free_and_fitting_else_random() -> None:
     config = network()
     assert allocation.choose(config, [], request(previous="10.5.7.0/24"), first)[0] == IPv4Network("10.5.7.0/24")
