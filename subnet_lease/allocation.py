@@ -189,11 +189,14 @@ def _check_kept(leases: Iterable[Lease], request: LeaseRequest) -> None:
     for lease in leases:
         if _overlaps(lease, request.previous):
             address = lease.attrs.public_ip or lease.attrs.public_ipv6
-            owner = lease.attrs.node.name if lease.attrs.node else str(address or "an entry that cannot be read")
+            owner = lease.attrs.node.name if lease.attrs.node else str(address or "a node without a name")
+            subnet = subnet_key(*request.previous)
+            taken = f"subnet {subnet} of this node is now leased to {owner!r} as {lease.key}"
+            if lease.unreadable:
+                taken = f"subnet {subnet} of this node is taken by {lease.key}, whose value nobody can read"
             raise SubnetTaken(
-                f"subnet {subnet_key(*request.previous)} of this node is now leased to {owner!r} as {lease.key}. "
-                f"This node keeps its data path; release the other lease (flannelctl release {lease.key}), or drain "
-                f"this node, remove its subnet file and restart flanneld to get a new subnet"
+                f"{taken}. This node keeps its data path; release the other lease (flannelctl release {lease.key}), or "
+                f"drain this node, remove its subnet file and restart flanneld to get a new subnet"
             )
 
 
@@ -263,6 +266,7 @@ def _out_of_subnets(config: NetworkConfig, family: Family, leases: Collection[Le
     here = [lease for lease in leases if lease.subnet_of(family) is not None]
     unfit = [lease.key for lease in here if not fits(config, (lease.subnet, lease.ipv6_subnet))]
     reserved = [lease.key for lease in here if lease.reservation]
+    unreadable = [lease.key for lease in here if lease.unreadable]
     text = (
         f"out of subnets: all {count} IPv{family} subnets from {low} to {high} are taken, {len(here)} leases, "
         f"{len(reserved)} of them reservations. "
@@ -271,6 +275,8 @@ def _out_of_subnets(config: NetworkConfig, family: Family, leases: Collection[Le
         text += f"Left over from another configuration: {_some(unfit)}. "
     if reserved:
         text += f"Reserved: {_some(reserved)}. "
+    if unreadable:
+        text += f"Of nobody knows whom, since the value cannot be read: {_some(unreadable)}. "
     return text + (
         "Release what is no longer used (flannelctl leases, flannelctl release), let leases of removed nodes expire, "
         f"or make the network larger or {'SubnetLen' if family == 4 else 'IPv6SubnetLen'} longer"

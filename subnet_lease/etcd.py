@@ -24,10 +24,10 @@ import structlog
 from subnet_lease import allocation
 from subnet_lease.etcd_connection import EtcdConnection, EtcdLeaseGone, clean_prefix
 from subnet_lease.etcd_leases import LEASE_TTL, Grant, SignOfLife, keep_alive, revoke
-from subnet_lease.etcd_table import EtcdStatus, LeaseReader, decode_lease
+from subnet_lease.etcd_table import EtcdStatus, LeaseReader, decode_any, unreadable_lease
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints, subnet_key
-from subnet_lease.lease_wire import encode_attrs, parse_subnet_key
+from subnet_lease.lease_wire import encode_attrs
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import (
     ConfigInvalid,
@@ -148,6 +148,8 @@ class EtcdStore:
 
     def renew(self, lease: Lease) -> float:
         current = self._read(lease.key)
+        if current is not None and current.unreadable and not self._lives_elsewhere(lease.key):
+            current = self._overwrite(current, lease.attrs, lease.store_ref) or self._read(lease.key)
         if current is None or not _same_owner(current, lease):
             raise self._lost(lease, current)
         if current.store_ref != lease.store_ref:
@@ -227,6 +229,11 @@ class EtcdStore:
         own = found.lease
         if own is not None and allocation.suits(config, request, own):
             return self._take_back(own, attrs)
+        spoilt = self._spoilt(leases, request)
+        if spoilt is not None:
+            mended = self._overwrite(spoilt, attrs, grant.id)
+            grant.used = mended is not None
+            return mended
         others = [lease for lease in leases if lease is not own]
         try:
             subnets = allocation.choose(config, others, request, self._random.randrange, own)
@@ -252,6 +259,27 @@ class EtcdStore:
                 leased=created.key,
             )
         return created
+
+    def _spoilt(self, leases: Sequence[Lease], request: LeaseRequest) -> Lease | None:
+        """The key of the subnet that we hold and must keep, if somebody wrote into it what nobody can read."""
+        for lease in leases:
+            if request.keep and lease.unreadable and (lease.subnet, lease.ipv6_subnet) == request.previous:
+                return None if self._lives_elsewhere(lease.key) else lease
+        return None
+
+    def _overwrite(self, spoilt: Lease, attrs: LeaseAttrs, lease_id: int) -> Lease | None:
+        """Put our lease back over an unreadable value, if the key is still the revision that we read."""
+        ours = replace(spoilt, store_ref=lease_id, reservation=lease_id == 0, unreadable=False)
+        mended = self._rewrite(ours, attrs)
+        if mended is not None:
+            log.warning(
+                "somebody wrote into this node's lease what nobody can read; it is written again", key=mended.key
+            )
+        return mended
+
+    def _lives_elsewhere(self, name: str) -> bool:
+        """Whether the owner of this key says that it runs, and is not us."""
+        return self._up.read(name) not in (None, self._instance)
 
     def _take_back(self, own: Lease, attrs: LeaseAttrs) -> Lease | None:
         """Go on with our own lease: no write at all when nothing changed."""
@@ -356,7 +384,7 @@ class EtcdStore:
                     leases.append(self._reader.read(name, kv)[1])
                 except ValueError:
                     with suppress(ValueError):
-                        leases.append(Lease(*parse_subnet_key(name), LeaseAttrs(), revision=kv.mod_revision))
+                        leases.append(unreadable_lease(name, kv.mod_revision, kv.lease))
         return leases
 
     def _read(self, name: str) -> Lease | None:
@@ -366,10 +394,8 @@ class EtcdStore:
         return None
 
     def _decode(self, key: bytes, value: bytes, revision: int, lease_id: int) -> Lease | None:
-        try:
-            return decode_lease(key.decode("utf-8", "replace").removeprefix(self._subnets), value, revision, lease_id)
-        except ValueError:
-            return None
+        """A lease, readable or not; None for a key that names no subnet."""
+        return decode_any(key.decode("utf-8", "replace").removeprefix(self._subnets), value, revision, lease_id)
 
     def _silent(self, leases: Sequence[Lease]) -> str:
         """Whose leases could be reclaimed: owners that ought to give a sign of life, and give none."""
@@ -406,6 +432,8 @@ class EtcdStore:
         self._renewed.pop(lease.store_ref, None)
         if current is None:
             return LeaseLost(f"lease {lease.key} of this node is gone from etcd")
+        if current.unreadable:
+            return LeaseLost(f"lease {lease.key} of this node holds a value that nobody can read")
         owner = current.attrs.node.name if current.attrs.node else str(current.attrs.public_ip)
         if _same_owner(current, lease):
             return LeaseLost(f"lease {lease.key} of this node was rewritten by another process")

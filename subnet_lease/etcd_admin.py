@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
-from subnet_lease.etcd_table import EtcdStatus, decode_lease
+from subnet_lease.etcd_table import EtcdStatus, decode_any
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import encode_attrs
@@ -59,15 +59,14 @@ class EtcdAdmin:
         self._swap("write the configuration", self.config_name, revision, text)
 
     def leases(self) -> list[Lease]:
-        """Every readable lease, in one range read."""
+        """Every lease, in one range read, also those whose values nobody can read."""
         answer = self._connection.call("read the leases", lambda client: client.get_prefix_response(self.leases_name))
         found = []
         for kv in answer.kvs:
-            try:
-                key = kv.key[len(self.leases_name) :].decode("utf-8", "replace")
-                found.append(decode_lease(key, kv.value, kv.mod_revision, kv.lease))
-            except ValueError:
-                continue  # daemons ignore and count it
+            key = kv.key[len(self.leases_name) :].decode("utf-8", "replace")
+            lease = decode_any(key, kv.value, kv.mod_revision, kv.lease)
+            if lease is not None:  # a key that names no subnet, daemons ignore and count
+                found.append(lease)
         return found
 
     def ttl(self, lease: Lease) -> float | None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
@@ -16,7 +17,7 @@ from typing import Any, Final
 import structlog
 
 from subnet_lease import allocation
-from subnet_lease.lease import Lease, LeaseSnapshot
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot
 from subnet_lease.lease_wire import decode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import ConfigMissing, StoreError, unused
@@ -36,6 +37,21 @@ def decode_lease(key: str, value: bytes, revision: int, lease_id: int) -> Lease:
     v4, v6 = parse_subnet_key(key)
     attrs = decode_attrs(value.decode("utf-8", "replace"))
     return Lease(v4, v6, attrs, revision=revision, reservation=lease_id == 0, store_ref=lease_id)
+
+
+def unreadable_lease(key: str, revision: int, lease_id: int) -> Lease:
+    """What is known of a key whose value cannot be read. ValueError if the key names no subnet either."""
+    return Lease(*parse_subnet_key(key), LeaseAttrs(), revision=revision, store_ref=lease_id, unreadable=True)
+
+
+def decode_any(key: str, value: bytes, revision: int, lease_id: int) -> Lease | None:
+    """A lease, readable or not; None for a key that names no subnet."""
+    try:
+        return decode_lease(key, value, revision, lease_id)
+    except ValueError:
+        with suppress(ValueError):
+            return unreadable_lease(key, revision, lease_id)
+    return None
 
 
 class LeaseReader:

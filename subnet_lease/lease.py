@@ -58,6 +58,8 @@ class Lease:
 
     ``revision`` is the store's revision of the value that was read, 0 where the store has none. ``reservation`` is
     true for a lease that never expires. ``store_ref`` is the store's own handle (etcd's lease id), else 0.
+    ``unreadable`` is true where the key names a subnet and nobody can read the value: the subnet is taken, by whom is
+    not known. A snapshot has no such leases.
     """
 
     subnet: IPv4Network | None
@@ -66,6 +68,7 @@ class Lease:
     revision: int = 0
     reservation: bool = False
     store_ref: int = 0
+    unreadable: bool = False
 
     @property
     def key(self) -> str:

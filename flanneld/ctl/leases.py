@@ -69,16 +69,24 @@ def row(lease: Lease, ttl: float | None) -> tuple[str, ...]:
     attrs = lease.attrs
     return (
         ", ".join(str(s) for s in (lease.subnet, lease.ipv6_subnet) if s is not None),
-        attrs.node.name if attrs.node and attrs.node.name else "-",
+        attrs.node.name if attrs.node and attrs.node.name else "unreadable" if lease.unreadable else "-",
         ", ".join(str(a) for a in (attrs.public_ip, attrs.public_ipv6) if a is not None) or "-",
         attrs.backend_type or "-",
         vtep(lease),
-        "reservation" if lease.reservation else f"in {duration(ttl)}" if ttl is not None else "-",
+        _expiry(lease, ttl),
     )
 
 
+def _expiry(lease: Lease, ttl: float | None) -> str:
+    if lease.reservation:
+        return "reservation"
+    if ttl is not None:
+        return f"in {duration(ttl)}"
+    return "never" if lease.unreadable and not lease.store_ref else "-"
+
+
 def describe(lease: Lease, ttl: float | None) -> dict[str, Any]:
-    """One lease for programs; ``expires_in`` is seconds, null for a reservation or when it was not asked."""
+    """One lease for programs; ``expires_in`` is seconds, null for what never expires or when it was not asked."""
     attrs = lease.attrs
     return {
         "subnet": str(lease.subnet) if lease.subnet else None,
@@ -90,6 +98,7 @@ def describe(lease: Lease, ttl: float | None) -> dict[str, Any]:
         "backend_data": attrs.backend_data,
         "backend_v6_data": attrs.backend_v6_data,
         "reservation": lease.reservation,
+        "unreadable": lease.unreadable,
         "expires_in": None if ttl is None else int(ttl),
         "revision": lease.revision,
     }

@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise Problem(f"nobody leases {arguments.subnet}", "see who has what: flannelctl leases")
         for lease in found:
             # A node's daemon fills in its backend; a reservation that no node ever took has none.
-            if not arguments.force and (not lease.reservation or lease.attrs.backend_type):
+            taken = not lease.reservation or lease.attrs.backend_type
+            if taken and not lease.unreadable and not arguments.force:
                 ttl = access.ttl(lease)
                 until = f"for another {duration(ttl)}" if ttl is not None else "without expiry"
                 raise Problem(

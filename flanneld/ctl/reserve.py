@@ -131,11 +131,13 @@ def adopt(wanted: Lease, other: Lease) -> Lease:
 
 def owner(lease: Lease) -> str:
     """The node in words: name and address, as far as they are known."""
+    if lease.unreadable:
+        return "an unknown node (its value cannot be read)"
     name = f"node {lease.attrs.node.name}" if lease.attrs.node and lease.attrs.node.name else ""
     address = lease.attrs.public_ip or lease.attrs.public_ipv6
     if name and address:
         return f"{name} ({address})"
-    return name or f"the node at {address}"
+    return name or (f"the node at {address}" if address else "a node without name and address")
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:

@@ -146,6 +146,21 @@ def test_leases_as_a_table_and_as_json(ctl: Run, etcd: Etcd) -> None:
     assert found[1]["backend_data"] == {"VNI": 1, "VtepMAC": "02:00:00:00:00:09"}
 
 
+@pytest.mark.field_problem(5)
+def test_an_unreadable_lease_is_listed_and_released(ctl: Run, etcd: Etcd) -> None:
+    ctl("config", "set", CONFIG)
+    etcd.ctl("put", f"{PREFIX}/subnets/10.5.1.0-24", "garbage")
+    rows = [line.split() for line in ctl("leases")[1].splitlines()]
+    assert rows[1:] == [["10.5.1.0/24", "unreadable", "-", "-", "-", "never"]]
+    (found,) = json.loads(ctl("leases", "--json")[1])
+    assert (found["subnet"], found["unreadable"], found["reservation"]) == ("10.5.1.0/24", True, False)
+    code, _, err = ctl("reserve", "10.5.1.0/24", "--node", "a")
+    assert code == 1 and "10.5.1.0-24 belongs to an unknown node (its value cannot be read)" in err
+    code, out, _ = ctl("release", "10.5.1.0/24")
+    assert (code, out.split(", ")[0]) == (0, "released 10.5.1.0/24")
+    assert "no leases under" in ctl("leases")[1]
+
+
 def test_watch_prints_one_line_for_each_change(etcd: Etcd) -> None:
     etcd.ctl("put", f"{PREFIX}/config", CONFIG)
     argv = [sys.executable, "-m", "flanneld.ctl.cli", "leases", "--watch", "--json"]

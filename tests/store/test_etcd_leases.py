@@ -383,6 +383,44 @@ def test_a_lease_with_an_unreadable_value_still_takes_its_subnet(network: Networ
     assert network.get("10.5.1.0-24") == "not JSON"
 
 
+@pytest.mark.field_problem(5)
+def test_an_unreadable_value_in_a_nodes_own_lease_is_written_again(network: Network) -> None:
+    store = network.store()
+    lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    value = network.get(lease.key)
+    network.etcd.ctl("put", network.key(lease.key), "garbage")
+    with capture_logs() as logs:
+        store.renew(lease)
+        store.renew(lease)
+    assert network.get(lease.key) == value
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == [
+        "somebody wrote into this node's lease what nobody can read; it is written again"
+    ]
+    assert f'"lease":{lease.store_ref}' in network.etcd.ctl("get", "-w=json", network.key(lease.key))
+
+
+@pytest.mark.field_problem(5)
+def test_what_must_be_kept_is_claimed_over_an_unreadable_value_but_not_over_a_live_node(network: Network) -> None:
+    request = request_of("a", "192.168.64.3", previous=(IPv4Network("10.5.52.0/24"), None), keep=True)
+    network.etcd.ctl("put", network.key("10.5.52.0-24"), "garbage")
+    network.etcd.ctl("put", f"{network.prefix}/up/10.5.52.0-24", '{"Instance":"another kernel","Node":"b"}')
+    store = network.store()
+    with pytest.raises(SubnetTaken, match=r"is taken by 10\.5\.52\.0-24, whose value nobody can read.*release"):
+        store.acquire(store.read_config(), request)
+    network.etcd.ctl("del", f"{network.prefix}/up/10.5.52.0-24")
+    lease = store.acquire(store.read_config(), request)
+    assert (lease.key, lease.reservation) == ("10.5.52.0-24", False)
+    assert f'"lease":{lease.store_ref}' in network.etcd.ctl("get", "-w=json", network.key(lease.key))
+
+
+def test_out_of_subnets_names_what_cannot_be_read(network: Network) -> None:
+    network.configure('{"Network":"10.5.0.0/22","Backend":{"Type":"vxlan"}}')
+    for number in (1, 2, 3):
+        network.etcd.ctl("put", network.key(f"10.5.{number}.0-24"), "{}" if number < 3 else "garbage")
+    with pytest.raises(OutOfSubnets, match=r"value cannot be read: 10\.5\.3\.0-24\. "):
+        join(network, "late", "192.168.64.9")
+
+
 def test_prefixes_are_joined_as_flannel_does(network: Network) -> None:
     store = network.store()
     lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))

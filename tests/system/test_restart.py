@@ -180,6 +180,22 @@ def test_bad_keys_change_nothing_but_a_counter(running: Lab) -> None:
     assert host.daemon.ready
 
 
+@pytest.mark.field_problem(5)
+def test_its_own_lease_made_unreadable_is_written_again(running: Lab) -> None:
+    host = running.hosts[0]
+    before = kernel_text(host)
+    key = "/coreos.com/network/subnets/" + host.daemon.subnet_env()["FLANNEL_SUBNET"].replace(".1/24", ".0-24")
+    value = running.etcd.ctl("get", key)
+    running.etcd.ctl("put", key, "garbage")
+    wait_until(lambda: running.etcd.ctl("get", key) == value, 20, "the lease written again")
+    assert "unreadable" not in host.ctl("leases").stdout
+    assert kernel_text(host) == before
+    assert host.daemon.ready
+    log = host.daemon.log.read_text()
+    assert log.count("somebody wrote into this node's lease what nobody can read") == 1
+    assert "gone from etcd" not in log and "is now leased to" not in log
+
+
 @pytest.mark.field_problem(11)
 def test_a_lease_that_another_node_took_is_an_alarm_and_the_data_path_stays(running: Lab) -> None:
     host = running.hosts[0]
