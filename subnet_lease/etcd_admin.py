@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
+from subnet_lease.etcd_leases import SignOfLife
 from subnet_lease.etcd_table import EtcdStatus, decode_any
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseSnapshot
@@ -75,6 +76,10 @@ class EtcdAdmin:
             return None
         info = self._connection.call("read a lease's age", lambda client: client.get_lease_info(lease.store_ref))
         return max(float(info.TTL), 0.0)
+
+    def lives(self, lease: Lease) -> bool:
+        """Whether the owner of a lease gives a sign of life; a plain flanneld never does. AccessDenied."""
+        return SignOfLife(self._connection, self._prefix, "").ask(lease.key) is not None
 
     def watch(self) -> Iterator[LeaseSnapshot]:
         """Complete snapshots until ``close``; outlasts every failure."""

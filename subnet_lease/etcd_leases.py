@@ -67,13 +67,15 @@ class SignOfLife:
         self._denied = False
 
     def read(self, name: str) -> str | None:
-        """The instance that says it owns this lease and runs, None when nobody does."""
+        """The instance that says it owns this lease and runs, None when nobody does or we must not know."""
         try:
-            answer = self._connection.call(
-                "read a sign of life", lambda client: client.get_response(self._prefix + name)
-            )
+            return self.ask(name)
         except AccessDenied:
             return None  # told when we write ours
+
+    def ask(self, name: str) -> str | None:
+        """The instance that says it owns this lease and runs, None when nobody does. AccessDenied."""
+        answer = self._connection.call("read a sign of life", lambda client: client.get_response(self._prefix + name))
         for kv in answer.kvs:
             try:
                 return str(json.loads(kv.value)["Instance"])

@@ -228,18 +228,35 @@ def test_reserve_refuses_what_cannot_be(ctl: Run, etcd: Etcd) -> None:
         assert text in result[2], result
 
 
-def test_release_spares_a_live_node_without_force(ctl: Run, etcd: Etcd) -> None:
+@pytest.mark.field_problem(41)
+def test_release_spares_a_node_that_shows_that_it_runs(ctl: Run, etcd: Etcd) -> None:
     ctl("config", "set", CONFIG)
     put_lease(etcd, 6)
+    sign = f"{PREFIX}/up/10.5.6.0-24"
+    etcd.ctl("put", sign, '{"Instance":"a kernel","Node":"node6"}')
     code, _, err = ctl("release", "10.5.6.0/24")
     assert code == 1
-    assert "leased to node node6 (192.0.2.6) for another 16m" in err and "--force" in err
+    assert "leased to node node6 (192.0.2.6), which runs" in err and "stop flanneld there" in err
     assert ctl("release", "10.5.6.0-24", "--force")[0] == 0
     assert ctl("leases", "--json")[1] == "[]\n"
+    put_lease(etcd, 6)
+    etcd.ctl("del", sign)
+    assert ctl("release", "10.5.6.0/24")[0] == 0
     ctl("reserve", "10.5.6.0/24", "--node", "gone")
     assert ctl("release", "10.5.6.0/24")[0] == 0
     code, _, err = ctl("release", "10.5.6.0/24")
     assert code == 1 and "nobody leases" in err
+
+
+@pytest.mark.field_problem(41)
+def test_a_plain_flannels_lease_is_not_released_without_force(ctl: Run, etcd: Etcd) -> None:
+    lease_id = etcd.ctl("lease", "grant", "1000").split()[1]
+    key, value = f"{PREFIX}/subnets/10.5.6.0-24", '{"PublicIP":"192.0.2.6","BackendType":"vxlan"}'
+    etcd.ctl("put", key, value, f"--lease={lease_id}")
+    code, _, err = ctl("release", "10.5.6.0/24")
+    assert code == 1
+    assert "leased to the node at 192.0.2.6 for another 16m" in err and "A plain flannel wrote that lease" in err
+    assert ctl("release", "10.5.6.0/24", "--force")[0] == 0
 
 
 def test_a_write_loses_against_one_that_came_between(etcd: Etcd) -> None:

@@ -180,6 +180,18 @@ def test_bad_keys_change_nothing_but_a_counter(running: Lab) -> None:
     assert host.daemon.ready
 
 
+@pytest.mark.field_problem(41)
+def test_the_lease_of_a_node_that_is_gone_is_released_without_force(running: Lab) -> None:
+    gone = running.hosts[1]
+    subnet = gone.daemon.subnet_env()["FLANNEL_SUBNET"].replace(".1/24", ".0/24")
+    refused = running.hosts[0].ctl("release", subnet)
+    assert refused.returncode == 1 and "node h2" in refused.stderr and "which runs" in refused.stderr
+    gone.daemon.stop()
+    done = running.hosts[0].ctl("release", subnet)
+    assert done.returncode == 0, done.stderr
+    assert subnet not in running.hosts[0].ctl("leases").stdout
+
+
 @pytest.mark.field_problem(5)
 def test_its_own_lease_made_unreadable_is_written_again(running: Lab) -> None:
     host = running.hosts[0]

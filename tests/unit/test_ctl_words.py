@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flanneld.ctl import cli, doctor
+from flanneld.ctl import cli, doctor, release
 from flanneld.ctl.config import contradictions, understood
 from flanneld.ctl.leases import changes, order, row
 from flanneld.ctl.node import read_status
@@ -17,6 +17,7 @@ from flanneld.ctl.output import Problem, duration
 from flanneld.ctl.reserve import parse_subnets
 from flanneld.ctl.status import facts
 from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
+from subnet_lease.store import AccessDenied
 
 CONFIG = understood('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "Port": 4789}}', "test")
 
@@ -105,6 +106,19 @@ def test_few_contradictions_are_named_and_many_counted() -> None:
     assert outside.startswith("5 lease(s) such as 10.5.1.0/24, 10.5.2.0/24, 10.5.3.0/24 lie outside")
     assert "another backend than host-gw" in backend
     assert contradictions(CONFIG, [lease(1)]) == []
+
+
+class Unknowable:
+    """An etcd whose signs of life this user may not read."""
+
+    def lives(self, _: Lease) -> bool:
+        raise AccessDenied("etcd denies user 'guest' the key /coreos.com/network/up/10.5.7.0-24")
+
+
+def test_release_wants_force_where_it_must_not_know_who_lives() -> None:
+    with pytest.raises(Problem, match=r"nobody can tell whether node web .*denies user 'guest'") as problem:
+        release.check(Unknowable(), lease(7, "web"), "10.5.7.0/24")  # type: ignore[arg-type]
+    assert "--force" in problem.value.remedy
 
 
 @pytest.mark.field_problem(46)
