@@ -267,7 +267,7 @@ class LeaseKeeper:
         if not self._fits(config, lease):
             raise ConfigInvalid(
                 f"this node's subnet {lease.subnet or lease.ipv6_subnet} lies outside the configured network; the old"
-                " network keeps running here: drain the node, delete its lease, and restart flanneld"
+                " network keeps running here: drain the node and restart flanneld, which takes a subnet of the new one"
             )
         standing = self._board.standing
         moved = standing is not None and standing.host.underlay.local != underlay.local

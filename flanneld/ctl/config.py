@@ -154,7 +154,10 @@ def contradictions(config: NetworkConfig, leases: Iterable[Lease]) -> list[str]:
             other_backend.append(f"{lease.key} ({kind})")
     found = []
     if outside:
-        found.append(f"{_some(outside)} lie outside the network: their nodes will move to another subnet")
+        found.append(
+            f"{_some(outside)} lie outside the network: their nodes keep the old network and are not ready until each is"
+            " drained and flanneld restarted there, which gives the lease up for one inside"
+        )
     if other_size:
         found.append(f"{_some(other_size)} have another size than SubnetLen: they stay until their nodes give them up")
     if other_backend:

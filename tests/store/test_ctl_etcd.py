@@ -104,7 +104,7 @@ def test_set_warns_of_keys_that_nothing_reads_and_of_leases_it_contradicts(ctl: 
     assert code == 0
     assert "nothing reads the key Colour" in err
     assert "nothing reads the key Backend.Speed" in err
-    assert "10.5.1.0/24, 10.5.2.0/24 lie outside the network" in err
+    assert "10.5.1.0/24, 10.5.2.0/24 lie outside the network: their nodes keep the old network and are not ready" in err
     assert "use another backend than host-gw" in err
 
 

@@ -189,6 +189,13 @@ def test_a_network_that_leaves_our_subnet_outside_says_what_to_do(running: Lab) 
     wait_until(lambda: "drain the node" in host.daemon.get("/readyz").text, LATER, "the remedy")
     assert host.run("ip route") == routes
     assert pings(running)
+    for each in running.hosts:  # the remedy is all that it takes
+        each.daemon.restart()
+    for each in running.hosts:
+        each.daemon.wait_ready()
+    running.wait_peers()
+    assert "10.5." not in host.ctl("leases").stdout
+    assert host.daemon.subnet_env()["FLANNEL_NETWORK"] == "10.77.0.0/16"
 
 
 def test_a_network_that_is_narrowed_leaves_no_route_behind(make_lab: Callable[..., Lab]) -> None:
