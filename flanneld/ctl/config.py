@@ -186,28 +186,33 @@ def summary(config: NetworkConfig) -> str:
 
 
 def as_json(config: NetworkConfig) -> dict[str, Any]:
-    """flannel's spelling, every default filled in."""
+    """flannel's spelling, every default filled in, secrets as they are stored. Read again, it means the same."""
     value: dict[str, Any] = {
         "EnableIPv4": config.enable_ipv4,
         "EnableIPv6": config.enable_ipv6,
         "EnableNFTables": config.enable_nftables,
     }
-    if config.network_of(4) is not None:
-        value |= {
-            "Network": str(config.network),
-            "SubnetLen": config.subnet_len,
-            "SubnetMin": _address(config.subnet_min),
-            "SubnetMax": _address(config.subnet_max),
-        }
-    if config.network_of(6) is not None:
-        value |= {
-            "IPv6Network": str(config.ipv6_network),
-            "IPv6SubnetLen": config.ipv6_subnet_len,
-            "IPv6SubnetMin": _address(config.ipv6_subnet_min),
-            "IPv6SubnetMax": _address(config.ipv6_subnet_max),
-        }
-    return value | {"Backend": {"Type": config.backend_type, **config.backend_options}}
+    for family, word in ((4, ""), (6, "IPv6")):
+        network = config.network_of(family)
+        if network is None:
+            continue
+        value |= {f"{word}Network": str(network), f"{word}SubnetLen": config.subnet_len_of(family)}
+        for key, end in zip(("SubnetMin", "SubnetMax"), config.subnet_range_of(family), strict=True):
+            if end is not None:  # Kubernetes hands subnets out by itself
+                value[f"{word}{key}"] = str(end.network_address)
+    value["NonMasqueradeCIDRs"] = [str(network) for network in config.non_masquerade_cidrs]
+    return value | {"Backend": {"Type": config.backend_type, **_all_options(config)}}
 
 
-def _address(subnet: Any) -> str | None:
-    return None if subnet is None else str(getattr(subnet, "network_address", subnet))
+def _all_options(config: NetworkConfig) -> dict[str, Any]:
+    """The backend's options with their defaults, where it keeps them in a model, and what nothing reads."""
+    from pydantic import BaseModel
+
+    from backends.registry import backend_class
+
+    given = config.backend_options
+    backend = backend_class(config.backend_type)(given)
+    options = getattr(backend, "options", None)
+    if not isinstance(options, BaseModel):
+        return given
+    return options.model_dump(mode="json", by_alias=True) | {key: given[key] for key in backend.unknown_options}

@@ -70,7 +70,10 @@ def test_set_then_get_gives_the_text_back(ctl: Run, etcd: Etcd) -> None:
     full = json.loads(ctl("config", "get", "--json")[1])
     assert full["SubnetMin"] == "10.5.1.0"
     assert full["SubnetMax"] == "10.5.255.0"
-    assert full["Backend"] == {"Type": "vxlan", "VNI": 3}
+    assert (full["Backend"]["Type"], full["Backend"]["VNI"], full["Backend"]["Port"]) == ("vxlan", 3, 0)
+    assert ctl("config", "set", json.dumps(full))[0] == 0
+    assert json.loads(ctl("config", "get", "--json")[1]) == full
+    ctl("config", "set", CONFIG)
     assert etcd.ctl("get", "--print-value-only", f"{PREFIX}/config").strip() == CONFIG
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from base64 import b64encode
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
 
+from backends.registry import backend_class
 from flanneld.ctl import cli, doctor, release
-from flanneld.ctl.config import contradictions, understood
+from flanneld.ctl.config import as_json, contradictions, understood
 from flanneld.ctl.leases import changes, order, row
 from flanneld.ctl.node import read_status
 from flanneld.ctl.output import Problem, duration
@@ -19,6 +22,7 @@ from flanneld.ctl.status import facts
 from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
 from subnet_lease.store import AccessDenied
 
+SECRET = b64encode(b"s" * 32).decode()
 CONFIG = understood('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "Port": 4789}}', "test")
 
 
@@ -152,9 +156,48 @@ def test_status_without_a_daemon_says_where_it_looked(tmp_path: Path) -> None:
     assert status["running"] is False and status["subnet"] == "10.5.7.0/24"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"Network": "10.5.0.0/16", "NonMasqueradeCIDRs": ["192.168.0.0/16", "fc00::/7"]}',
+        f'{{"Network": "10.5.0.0/16", "Backend": {{"Type": "wireguard", "PSK": "{SECRET}", "mode": "auto"}}}}',
+        '{"Network": "10.5.0.0/16", "SubnetMin": "10.5.9.0", "SubnetLen": 26, "Backend": {"Type": "alloc"}}',
+        '{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fc00:5::/48", "Backend": {"Type": "host-gw"}}',
+        '{"Network": "10.5.0.0/16", "Colour": 1, "Backend": {"Type": "udp", "Speed": 9}}',
+        '{"Network": "10.5.0.0/16", "Backend": {"Type": "extension", "PreStartupCommand": "echo $NETWORK"}}',
+    ],
+)
+@pytest.mark.parametrize("etcd", [True, False])
+def test_a_configuration_with_all_defaults_means_the_same(text: str, etcd: bool) -> None:
+    given = understood(text, "test", etcd=etcd)
+    full = as_json(given)
+    again = understood(json.dumps(full), "test", etcd=etcd)
+    assert as_json(again) == full
+    blank = {"unknown_keys": (), "backend_options": {}}
+    assert replace(again, **blank) == replace(given, **blank)
+    backend = backend_class(given.backend_type)
+    one, two = backend(given.backend_options), backend(again.backend_options)
+    assert getattr(one, "options", None) == getattr(two, "options", None)
+    assert one.unknown_options == two.unknown_options
+
+
+def test_every_default_of_the_backend_is_filled_in() -> None:
+    full = as_json(understood('{"Network": "10.5.0.0/16", "Backend": {"type": "VXLAN", "port": 4789}}', "test"))
+    assert full["NonMasqueradeCIDRs"] == []
+    assert full["Backend"] == {
+        "Type": "vxlan",
+        "VNI": 1,
+        "Port": 4789,
+        "MTU": 0,
+        "GBP": False,
+        "Learning": False,
+        "DirectRouting": False,
+        "TxChecksumOffload": "auto",
+    }
+
+
 def test_a_secret_is_not_printed_by_the_summary() -> None:
     from flanneld.ctl.config import summary
 
-    secret = b64encode(b"s" * 32).decode()
-    config = understood(f'{{"Network": "10.5.0.0/16", "Backend": {{"Type": "wireguard", "PSK": "{secret}"}}}}', "test")
-    assert secret not in summary(config)
+    config = understood(f'{{"Network": "10.5.0.0/16", "Backend": {{"Type": "wireguard", "PSK": "{SECRET}"}}}}', "test")
+    assert SECRET not in summary(config)
