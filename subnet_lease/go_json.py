@@ -77,9 +77,21 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False, include_context=False):
         key = ".".join(str(part) for part in item["loc"])
-        rule = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{key} {describe(item['input'])}: {rule[:1].lower()}{rule[1:]}" if key else rule)
+        rule = _rule(item["type"], item["msg"], quoted=isinstance(item["input"], str))
+        parts.append(f"{key} {describe(item['input'])}: {rule}" if key else rule)
     return "; ".join(parts)
+
+
+def _rule(kind: str, message: str, *, quoted: bool) -> str:
+    """What pydantic says, in the words of one who writes JSON."""
+    if kind == "int_type":
+        return "must be a number without quotes" if quoted else "must be a whole number"
+    if kind == "bool_type":
+        return "must be true or false without quotes" if quoted else "must be true or false"
+    if kind == "string_type":
+        return "must be text in quotes"
+    rule = message.removeprefix("Value error, ")
+    return f"{rule[:1].lower()}{rule[1:]}".replace("input should be ", "must be ", 1)
 
 
 def describe(value: Any) -> str:

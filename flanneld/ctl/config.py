@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from subnet_lease.network_config import NetworkConfig
 
 
+EMPTY = "empty text is no configuration"
+REMEDY = (
+    """give a JSON object such as '{"Network": "10.5.0.0/16"}', the name of a file that holds one, or - for stdin"""
+)
+
+
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from flanneld.ctl.access import add_connection
 
@@ -98,10 +104,23 @@ def read_source(source: str) -> tuple[str, str]:
         return sys.stdin.read(), "standard input"
     try:
         return Path(source).read_text(), source
-    except (OSError, UnicodeDecodeError) as error:
-        raise Problem(
-            f"cannot read {source}: {error}", "give a readable JSON file, - for standard input, or the JSON itself"
-        ) from None
+    except (OSError, ValueError) as error:
+        if not source.strip():
+            raise Problem(EMPTY, REMEDY) from None
+        if is_json(source):
+            raise Problem(f"{source} is no configuration: that is a JSON object", REMEDY) from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise Problem(f"cannot read {source}: {reason}", REMEDY) from None
+
+
+def is_json(text: str) -> bool:
+    from subnet_lease import go_json
+
+    try:
+        go_json.parse(text)
+    except ValueError:
+        return False
+    return True
 
 
 def understood(text: str, name: str, *, etcd: bool = True) -> NetworkConfig:
@@ -114,6 +133,8 @@ def understood(text: str, name: str, *, etcd: bool = True) -> NetworkConfig:
     from subnet_lease.network_config import parse_network_config, validate_for_allocation
     from subnet_lease.store import ConfigInvalid
 
+    if not text.strip():
+        raise Problem(f"{name}: {EMPTY}", REMEDY)
     try:
         config = parse_network_config(text)
         config = validate_for_allocation(config) if etcd else config

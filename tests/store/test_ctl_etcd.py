@@ -92,6 +92,10 @@ def test_a_bad_configuration_is_refused_and_nothing_is_stored(ctl: Run, etcd: Et
         ('{"Network": "10.5.0.0/16", "Backend": {"Type": "carrier-pigeon"}}', "carrier-pigeon"),
         ('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": "one"}}', "VNI"),
         ("{", "network configuration"),
+        ("[]", "[] is no configuration: that is a JSON object"),
+        ("", "empty text is no configuration"),
+        ("absent", "cannot read absent: No such file"),
+        ("/dev/null", "/dev/null: empty text is no configuration"),
     ):
         code, out, err = ctl("config", "set", bad)
         assert (code, out) == (1, ""), bad

@@ -206,11 +206,12 @@ def test_backend_options_follow_the_same_rules() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"vni": "3"}, 'VNI "3"'),
-        ({"VNI": 3.0}, "VNI 3.0"),
-        ({"VNI": 0}, "VNI 0"),
-        ({"DirectRouting": 1}, "DirectRouting 1"),
-        ({"VNI": True}, "VNI true"),
+        ({"vni": "3"}, 'VNI "3": must be a number without quotes'),
+        ({"VNI": 3.0}, "VNI 3.0: must be a whole number"),
+        ({"VNI": 0}, "VNI 0: must be greater than or equal to 1"),
+        ({"DirectRouting": 1}, "DirectRouting 1: must be true or false"),
+        ({"DirectRouting": "true"}, 'DirectRouting "true": must be true or false without quotes'),
+        ({"VNI": True}, "VNI true: must be a whole number"),
     ],
 )
 def test_wrong_backend_options_name_key_value_and_rule(given: dict[str, Any], words: str) -> None:
