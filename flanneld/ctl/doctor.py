@@ -69,7 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         text, _ = access.config_text()
         config = understood(text, access.config_name, etcd=access.allocates)
         leases = sorted(access.leases(), key=order)
-    peers = [lease for lease in leases if not _own(lease, status)]
+    # A reservation that no node has taken yet has no address, and nobody to be reached.
+    peers = [
+        lease for lease in leases if not _own(lease, status) and (lease.attrs.public_ip or lease.attrs.public_ipv6)
+    ]
     with ThreadPoolExecutor(16) as pool:
         findings = list(pool.map(lambda lease: examine(lease, config, answers_ping), peers))
     if arguments.json:
@@ -78,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         columns = ("NODE", "SUBNET", "PUBLIC IP", "VERDICT")
         console().print(table(columns, [(f.node, f.subnet, f.public_ip, f.verdict) for f in findings]))
     else:
-        put("no peers: this node is the only one with a lease")
+        put("no peers: no other node has a lease")
     return OK if all(finding.good for finding in findings) else FAILED
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OK, FAILED, USAGE = 0, 1, 2
+UNBOUNDED = 1_000_000
+"""Columns of what is no terminal: more than any line has."""
 
 
 class Problem(Exception):
@@ -33,7 +35,7 @@ def console(*, stderr: bool = False) -> Console:
     if stream.isatty():
         return Console(file=stream, highlight=False, emoji=False)
     plain = cast("IO[str]", Trimmed(stream))
-    return Console(file=plain, highlight=False, emoji=False, width=400, no_color=True, soft_wrap=True)
+    return Console(file=plain, highlight=False, emoji=False, width=UNBOUNDED, no_color=True, soft_wrap=True)
 
 
 class Trimmed:
@@ -50,13 +52,16 @@ class Trimmed:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
-    """A table without lines, as ip(8) and kubectl print theirs; cells are taken literally."""
+    """A table without lines, as ip(8) and kubectl print theirs; cells are taken literally.
+
+    On a terminal that is too narrow the widest column folds first, and nothing is cut off.
+    """
     from rich.table import Table
     from rich.text import Text
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title=title, title_justify="left")
     for column in columns:
-        made.add_column(column, no_wrap=True)
+        made.add_column(column, overflow="fold")
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     return made

@@ -94,7 +94,9 @@ def test_doctor_tells_a_dead_tunnel_from_a_dead_host(lab: Lab) -> None:
     lab.start_daemons()
     lab.wait_peers()
     here, firewalled, dead = lab.hosts
+    assert here.ctl("reserve", "10.5.99.0/24", "--node", "not-yet-there").returncode == 0
     healthy = here.ctl("doctor")
+    assert "not-yet-there" not in healthy.stdout and "None" not in healthy.stdout
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     firewalled.run(
         "nft -f -",

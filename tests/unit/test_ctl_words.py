@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from base64 import b64encode
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from backends.registry import backend_class
 from flanneld.ctl import cli, doctor, release
 from flanneld.ctl.config import as_json, contradictions, understood
 from flanneld.ctl.leases import changes, order, row
 from flanneld.ctl.node import read_status
-from flanneld.ctl.output import Problem, duration
+from flanneld.ctl.output import Problem, console, duration, table
 from flanneld.ctl.reserve import parse_subnets
 from flanneld.ctl.status import facts
 from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
@@ -69,6 +72,26 @@ def test_a_row_says_what_is_known() -> None:
     )  # fmt: skip
     bare = Lease(None, IPv6Network("fc00:0:0:7::/64"), LeaseAttrs(), reservation=True)
     assert row(bare, None) == ("fc00:0:0:7::/64", "-", "-", "-", "-", "reservation")
+
+
+def test_a_table_on_a_narrow_terminal_folds_its_widest_column_and_loses_nothing() -> None:
+    verdict = "underlay good, UDP 8472 dead to web: let UDP 8472 pass in both directions, and see flannelctl status"
+    rows = [("web.example.org", "10.5.7.0/24", "192.168.100.12", verdict), ("b", "10.5.8.0/24", "192.0.2.8", "good")]
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(table(("NODE", "SUBNET", "PUBLIC IP", "VERDICT"), rows))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in shown.getvalue()
+    starts = [lines[0].index(name) for name in ("NODE", "SUBNET", "PUBLIC IP", "VERDICT")]
+    assert [lines[1][a:b].strip() for a, b in pairwise(starts)] == list(rows[0][:3])
+    assert " ".join(line[starts[3] :].strip() for line in lines[1:-1]) == verdict
+    assert lines[-1].split() == list(rows[1])
+
+
+def test_what_is_no_terminal_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console().print(table(("NODE", "VERDICT"), [("web", "word " * 500 + "end"), ("b", "good")]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1] == "web   " + "word " * 500 + "end"
 
 
 def test_changes_between_snapshots() -> None:
