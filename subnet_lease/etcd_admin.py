@@ -82,8 +82,8 @@ class EtcdAdmin:
         return SignOfLife(self._connection, self._prefix, "").ask(lease.key) is not None
 
     def watch(self) -> Iterator[LeaseSnapshot]:
-        """Complete snapshots until ``close``; outlasts every failure."""
-        self._watch = SnapshotWatch(self._connection, self._prefix, EtcdStatus(), frozenset)
+        """All leases whenever they change, until ``close``; outlasts every failure, and needs no configuration."""
+        self._watch = SnapshotWatch(self._connection, self._prefix, EtcdStatus(), frozenset, bare=True)
         return self._watch.snapshots()
 
     def reserve(self, lease: Lease) -> None:

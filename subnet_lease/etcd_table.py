@@ -112,9 +112,17 @@ class SnapshotTable:
     """The leases and the configuration as last read. Knows nothing of connections."""
 
     def __init__(
-        self, prefix: str, status: EtcdStatus, held: Callable[[], frozenset[str]], reader: LeaseReader
+        self,
+        prefix: str,
+        status: EtcdStatus,
+        held: Callable[[], frozenset[str]],
+        reader: LeaseReader,
+        *,
+        bare: bool = False,
     ) -> None:
+        """``bare``: for one who only looks. Leases as they are, also without a configuration, none kept after its end."""
         self._reader = reader
+        self._bare = bare
         self._config_key = f"{prefix}/config".encode()
         self._subnets = f"{prefix}/subnets/".encode()
         self._status = status
@@ -129,9 +137,9 @@ class SnapshotTable:
 
     def snapshot(self) -> LeaseSnapshot | None:
         """The state now, None while there has never been a usable configuration."""
-        if self.config is None:
+        if self.config is None and not self._bare:
             return None
-        return LeaseSnapshot(self.config, MappingProxyType(self.leases.copy()), self.revision)
+        return LeaseSnapshot(self.config or NetworkConfig(), MappingProxyType(self.leases.copy()), self.revision)
 
     def witness(self) -> tuple[bytes, Mark] | None:
         """The youngest lease known: if etcd still has it just so, it is the etcd that we knew."""
@@ -241,6 +249,8 @@ class SnapshotTable:
 
     def _linger(self, keys: Iterable[str]) -> None:
         """Keep leases that vanished with the whole store, ours excepted: their owners will claim them again."""
+        if self._bare:
+            return
         held = self._held()
         kept = [key for key in keys if key not in held]
         until = time.monotonic() + GRACE

@@ -117,8 +117,10 @@ class SnapshotWatch:
         status: EtcdStatus,
         held: Callable[[], frozenset[str]],
         reader: LeaseReader | None = None,
+        *,
+        bare: bool = False,
     ) -> None:
-        """``held`` names the leases of this node: after a wipe they must be seen to be gone."""
+        """``held`` names the leases of this node: after a wipe they must be seen to be gone. ``bare``: see the table."""
         self._connection = connection
         self._prefix = prefix
         # Exactly what flannel reads: a role that suits flannel suits us, and signs of life do not wake us.
@@ -127,7 +129,8 @@ class SnapshotWatch:
             (f"{prefix}/subnets/".encode(), f"{prefix}/subnets0".encode()),
         )
         self._status = status
-        self._table = SnapshotTable(prefix, status, held, reader or LeaseReader())
+        self._bare = bare
+        self._table = SnapshotTable(prefix, status, held, reader or LeaseReader(), bare=bare)
         self._closed = threading.Event()
         self._stream: WatchStream | None = None
         self._history: tuple[int, int] | None = None  # cluster id and raft term of the last list
@@ -177,7 +180,7 @@ class SnapshotWatch:
         other = self._other_history(header)
         self._history = (header.cluster_id, header.raft_term)
         changed = self._table.replace(kvs, header.revision, other)
-        if self._table.config is None:
+        if self._table.config is None and not self._bare:
             raise ConfigMissing(
                 f"no usable network configuration at {self._prefix}/config; "
                 f"""write one: flannelctl config set '{{"Network":"10.5.0.0/16"}}'"""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from flanneld.ctl.output import OK, console, duration, put, put_json, table
+from flanneld.ctl.output import OK, Problem, console, duration, note, put, put_json, table
 
 if TYPE_CHECKING:
     from flanneld.ctl.access import Access
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
                 _watch(access, as_json=arguments.json)
             return OK
         leases = sorted(access.leases(), key=order)
-        expiry = {} if arguments.no_expiry else {lease.key: access.ttl(lease) for lease in leases}
+        expiry = {} if arguments.no_expiry else expiries(access, leases)
         if arguments.json:
             put_json([describe(lease, expiry.get(lease.key)) for lease in leases])
         elif leases:
@@ -47,6 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             put(f"no leases under {access.leases_name}; start flanneld on a host to get the first")
     return OK
+
+
+def expiries(access: Access, leases: Sequence[Lease]) -> dict[str, float | None]:
+    """Seconds until each lease expires, by key. Only one by one can they be asked for; so several at a time are."""
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip((lease.key for lease in leases), pool.map(access.ttl, leases), strict=True))
 
 
 def order(lease: Lease) -> tuple[int, int]:
@@ -104,7 +111,21 @@ def describe(lease: Lease, ttl: float | None) -> dict[str, Any]:
     }
 
 
+def _say_what_is_missing(access: Access) -> None:
+    """Without a configuration no node gets a lease, and whoever watches would wait for ever not knowing for what."""
+    from flanneld.ctl.config import understood
+    from subnet_lease.store import ConfigMissing, StoreError
+
+    try:
+        understood(access.config_text()[0], access.config_name, etcd=access.allocates)
+    except (ConfigMissing, Problem) as error:
+        note("waiting", f"no node gets a lease yet: {error}")
+    except StoreError:
+        return  # the watch tells, and outlasts it
+
+
 def _watch(access: Access, *, as_json: bool) -> None:
+    _say_what_is_missing(access)
     if sys.stdout.isatty() and not as_json:
         from rich.live import Live
 

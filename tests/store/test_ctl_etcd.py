@@ -168,6 +168,28 @@ def test_an_unreadable_lease_is_listed_and_released(ctl: Run, etcd: Etcd) -> Non
     assert "no leases under" in ctl("leases")[1]
 
 
+@pytest.mark.parametrize("config", [None, '{"Network": "10.5.0.0/33"}'])
+def test_watch_without_a_usable_configuration_says_so_once_and_shows_leases(
+    etcd: Etcd, tmp_path: Path, config: str | None
+) -> None:
+    if config is not None:
+        etcd.ctl("put", f"{PREFIX}/config", config)
+    argv = [sys.executable, "-m", "flanneld.ctl.cli", "leases", "--watch", f"--etcd-endpoints={etcd.endpoint}"]
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = subprocess.Popen(argv, stdout=stdout, stderr=stderr, start_new_session=True)
+    try:
+        wait_until(lambda: "network configuration" in err.read_text(), 15, "what it waits for")
+        put_lease(etcd, 3)
+        wait_until(lambda: out.read_text().startswith("added   10.5.3.0/24  node3"), 10, "the new lease")
+        etcd.ctl("del", f"{PREFIX}/subnets/10.5.3.0-24")
+        wait_until(lambda: "removed 10.5.3.0/24" in out.read_text(), 10, "the removed lease")
+    finally:
+        end(process)
+    (line,) = err.read_text().splitlines()
+    assert line.startswith("waiting: no node gets a lease yet: ") and f"{PREFIX}/config" in line
+
+
 def test_watch_prints_one_line_for_each_change(etcd: Etcd) -> None:
     etcd.ctl("put", f"{PREFIX}/config", CONFIG)
     argv = [sys.executable, "-m", "flanneld.ctl.cli", "leases", "--watch", "--json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import threading
 from base64 import b64encode
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
@@ -17,7 +18,7 @@ from rich.console import Console
 from backends.registry import backend_class
 from flanneld.ctl import cli, doctor, release
 from flanneld.ctl.config import as_json, contradictions, understood
-from flanneld.ctl.leases import changes, order, row
+from flanneld.ctl.leases import changes, expiries, order, row
 from flanneld.ctl.node import read_status
 from flanneld.ctl.output import Problem, console, duration, table
 from flanneld.ctl.reserve import parse_subnets
@@ -133,6 +134,18 @@ def test_few_contradictions_are_named_and_many_counted() -> None:
     assert outside.startswith("5 lease(s) such as 10.5.1.0/24, 10.5.2.0/24, 10.5.3.0/24 lie outside")
     assert "another backend than host-gw" in backend
     assert contradictions(CONFIG, [lease(1)]) == []
+
+
+def test_leases_are_asked_for_their_expiry_several_at_a_time() -> None:
+    together = threading.Barrier(10)  # nobody passes before ten are there
+
+    class Ages:
+        def ttl(self, asked: Lease) -> float:
+            together.wait(10)
+            return float(asked.key.split(".")[2])
+
+    found = expiries(Ages(), [lease(n) for n in range(10, 20)])  # type: ignore[arg-type]
+    assert found == {f"10.5.{n}.0-24": float(n) for n in range(10, 20)}
 
 
 class Unknowable:
