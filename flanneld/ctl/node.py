@@ -20,8 +20,8 @@ def add_node_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--healthz-port",
-        type=int,
-        default=int(os.environ.get("FLANNELD_HEALTHZ_PORT") or 0) or DEFAULT_PORT,
+        type=_port,
+        default=os.environ.get("FLANNELD_HEALTHZ_PORT") or DEFAULT_PORT,  # a text is read only if the flag is not given
         metavar="N",
         help=f"the daemon's --healthz-port (default: {DEFAULT_PORT})",
     )
@@ -32,6 +32,15 @@ def add_node_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"the daemon's --subnet-file (default: {DEFAULT_SUBNET_FILE})",
     )
+
+
+def _port(text: str) -> int:
+    """A port; 0, with which a daemon does not listen, stands for the usual one."""
+    if not text.isdecimal() or not int(text) <= 65535:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a port; correct the flag, or FLANNELD_HEALTHZ_PORT if that is where it comes from"
+        )
+    return int(text) or DEFAULT_PORT
 
 
 def ask(arguments: argparse.Namespace, path: str) -> Any:
@@ -66,12 +75,16 @@ def read_status(arguments: argparse.Namespace) -> dict[str, Any]:
     where = f"http://{arguments.healthz_ip}:{arguments.healthz_port}/status"
     try:
         answer = ask(arguments, "/status")
-        same = written is None or written.get("pid") in (None, answer.get("pid"))
-        if isinstance(answer, dict) and same:
+        if not is_status(answer):
+            problem = "what answers there is not flanneld"
+        elif written is None or written.get("pid") in (None, answer["pid"]):
             return {**answer, "running": True, "source": where, "age": 0.0}
-        problem = "another daemon answers there"
-    except (OSError, ValueError) as error:
+        else:
+            problem = "another daemon answers there"
+    except OSError as error:
         problem = str(error)
+    except ValueError as error:
+        problem = f"what answers there is not flanneld ({error})"
     if written is None:
         raise Problem(
             f"no flanneld is known on this host: {where}: {problem}; and there is no {file}",
@@ -79,6 +92,11 @@ def read_status(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     age = max(0.0, time.time() - file.stat().st_mtime)
     return {**written, "running": running(written), "source": str(file), "age": round(age, 1)}
+
+
+def is_status(answer: Any) -> bool:
+    """Whether this is what a flanneld says of itself: any program may listen on that port."""
+    return isinstance(answer, dict) and {"pid", "subnet_file"} <= answer.keys()
 
 
 def running(status: dict[str, Any]) -> bool:

@@ -23,6 +23,8 @@ from flanneld.ctl.node import read_status
 from flanneld.ctl.output import Problem, console, duration, table
 from flanneld.ctl.reserve import parse_subnets
 from flanneld.ctl.status import facts
+from flanneld.http import HealthServer
+from flanneld.lab.etcd import free_port
 from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
 from subnet_lease.store import AccessDenied
 
@@ -215,6 +217,42 @@ def test_a_configuration_with_all_defaults_means_the_same(text: str, etcd: bool)
     one, two = backend(given.backend_options), backend(again.backend_options)
     assert getattr(one, "options", None) == getattr(two, "options", None)
     assert one.unknown_options == two.unknown_options
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"[1]", 200),
+        (b'{"status": "fine", "pid": 7}', 200),
+        (b"null", 200),
+        (b"\xff", 200),
+        (b"hello", 200),
+        (b"", 404),
+    ],
+)
+def test_whatever_else_listens_on_the_port_is_not_taken_for_flanneld(tmp_path: Path, body: bytes, code: int) -> None:
+    port = free_port()
+    server = HealthServer("127.0.0.1", port, {"/status": lambda: (code, "application/json", body)})
+    arguments = argparse.Namespace(healthz_ip="127.0.0.1", healthz_port=port, subnet_file=str(tmp_path / "subnet.env"))
+    try:
+        with pytest.raises(Problem, match=rf":{port}/status: what answers there is not flanneld"):
+            read_status(arguments)
+        (tmp_path / "flanneld-status.json").write_text('{"pid": null, "ready": true, "subnet": "10.5.7.0/24"}')
+        assert read_status(arguments)["running"] is False
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("port", ["abc", "99999", "-1", "1.5"])
+def test_a_port_that_is_none_is_one_error_and_help_is_given_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], port: str
+) -> None:
+    monkeypatch.setenv("FLANNELD_HEALTHZ_PORT", port)
+    for words, code in ((["status"], 2), (["status", "--help"], 0), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == code, words
+    assert f"'{port}' is not a port; correct the flag, or FLANNELD_HEALTHZ_PORT" in capsys.readouterr().err
 
 
 def test_every_default_of_the_backend_is_filled_in() -> None:
