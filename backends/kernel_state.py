@@ -365,7 +365,8 @@ class Scope:
     (``is_flannel_device``) are observed, too, so that a backend switch can remove them. ``networks`` are the CIDRs
     inside which main-table routes concern us. ``firewall`` and ``sysctls`` are what we want, since those are read by
     name; ``instance`` is the name of a second daemon on this host, "" for the first. ``sources`` are the addresses that
-    our tunnels start at, each with the index of its interface (192.0.2.1%2).
+    our tunnels start at, each with the index of its interface (192.0.2.1%2). With ``marked_routes``, every
+    main-table route with our protocol number concerns us, too.
     """
 
     devices: frozenset[str] = frozenset()
@@ -374,6 +375,7 @@ class Scope:
     firewall: tuple[Firewall, ...] = ()
     sysctls: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    marked_routes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

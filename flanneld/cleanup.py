@@ -9,9 +9,10 @@ from pathlib import Path
 from backends.kernel_state import Change, Interface, Scope, is_flannel_device
 from cni.daemon_status import lock_path
 from flanneld.dataplane.assemble import make_dataplane
+from flanneld.host_claims import HostClaims
 from flanneld.options import Options
 from flanneld.outputs import STATUS_FILE
-from flanneld.ownership import ownership
+from flanneld.ownership import ownership, with_marked_routes
 from flanneld.plan import plan
 from flanneld.startup_command import hooks_file
 from subnet_lease import subnet_file
@@ -32,9 +33,12 @@ def cleanup(options: Options) -> list[Change]:
     try:
         bare = dataplane.observe(Scope(instance=options.instance))
         networks = _networks(content, bare.interfaces)
-        scope = Scope(networks=tuple(map(str, networks)), instance=options.instance)
+        scope = Scope(networks=tuple(map(str, networks)), instance=options.instance, marked_routes=content is None)
         observed = dataplane.observe(scope)
-        changes = plan({}, observed.state, ownership(observed.interfaces, networks, frozenset()))
+        owned = ownership(observed.interfaces, networks, frozenset())
+        if content is None:
+            owned = with_marked_routes(owned, HostClaims().other_networks())
+        changes = plan({}, observed.state, owned)
         failures = dataplane.apply(changes)
     finally:
         dataplane.close()

@@ -55,6 +55,21 @@ def ownership(interfaces: Iterable[Interface], networks: Iterable[IPNetwork], de
     return owned
 
 
+def with_marked_routes(owned: Owned, others: Iterable[IPNetwork]) -> Owned:
+    """``owned``, and every route with our protocol number, but for those inside networks of other daemons.
+
+    For a host whose subnet.env is gone: nothing else tells which network was ours.
+    """
+    theirs = tuple(others)
+
+    def ours(record: Record) -> bool:
+        if isinstance(record, Route) and record.protocol == ROUTE_PROTOCOL and not within(record.dst, theirs):
+            return True
+        return owned(record)
+
+    return ours
+
+
 def within(cidr: str, networks: Iterable[IPNetwork]) -> bool:
     """Whether a CIDR text (host bits allowed) lies inside one of the networks."""
     inner = ip_network(cidr, strict=False)

@@ -16,8 +16,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "cleanup",
         help="remove what flanneld made on this host: devices, routes, rules, files (needs root)",
         description="Remove flanneld's devices, addresses, routes, firewall rules, subnet.env and status file from this "
-        "host. Bridges and containers (cni0) belong to the container runtime and stay. The lease stays, too: "
-        "flannelctl release.",
+        "host. Bridges and containers (cni0) belong to the container runtime and stay, and so do the empty chains that "
+        "iptables makes when first used. The lease stays, too: flannelctl release.",
         allow_abbrev=False,
     )
     parser.add_argument("--force", action="store_true", help="also while flanneld runs (it will put all of it back)")

@@ -65,7 +65,7 @@ class Dataplane:
 
         Raises OSError when the kernel cannot be asked.
         """
-        self._view.limit_to(scope.devices, scope.networks)
+        self._view.limit_to(scope.devices, scope.networks, scope.marked_routes)
         fresh = self._look.refresh()
         mirror = self._view.mirror
         sysctls = self._sysctls.observe(scope.sysctls)

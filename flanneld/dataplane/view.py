@@ -46,14 +46,15 @@ class View:
         self._ethtool = Ethtool()
         self._devices: frozenset[str] = frozenset()
         self._networks: tuple[str, ...] = ()
+        self._marked_routes = False
 
     def close(self) -> None:
         self._ethtool.close()
 
-    def limit_to(self, devices: frozenset[str], networks: tuple[str, ...]) -> None:
-        """Which devices and networks concern us; another answer than before makes everything stale."""
-        if (devices, networks) != (self._devices, self._networks):
-            self._devices, self._networks = devices, networks
+    def limit_to(self, devices: frozenset[str], networks: tuple[str, ...], marked_routes: bool = False) -> None:
+        """Which devices, networks and routes concern us; another answer than before makes everything stale."""
+        if (devices, networks, marked_routes) != (self._devices, self._networks, self._marked_routes):
+            self._devices, self._networks, self._marked_routes = devices, networks, marked_routes
             self.stale.everything = True
 
     @property
@@ -67,7 +68,7 @@ class View:
     def know_devices(self) -> None:
         """Which interfaces are ours, by the table of interfaces; their Link records."""
         ours = [link for link in self.interfaces.links.values() if self.is_ours(link.name)]
-        self.filter = RouteFilter(frozenset(link.index for link in ours), self._networks)
+        self.filter = RouteFilter(frozenset(link.index for link in ours), self._networks, self._marked_routes)
         self.links = {link.name: self._record(link) for link in ours}
 
     def _record(self, link: RawLink) -> Link:

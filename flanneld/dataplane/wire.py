@@ -14,7 +14,7 @@ from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from struct import Struct
 from typing import Final, Literal
 
-from backends.kernel_state import FdbEntry, InterfaceAddress, Key, Kind, Neighbour, Route, RouteLookup
+from backends.kernel_state import ROUTE_PROTOCOL, FdbEntry, InterfaceAddress, Key, Kind, Neighbour, Route, RouteLookup
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
@@ -172,10 +172,16 @@ Found = tuple[Key, Neighbour | FdbEntry | None] | None
 
 
 class RouteFilter:
-    """Which main-table routes concern us: on a device of ours, or inside one of the networks (CIDRs)."""
+    """Which main-table routes concern us: on a device of ours, or inside one of the networks (CIDRs).
 
-    def __init__(self, devices: frozenset[int] = frozenset(), networks: tuple[str, ...] = ()) -> None:
+    With ``marked``, also those that carry our protocol number.
+    """
+
+    def __init__(
+        self, devices: frozenset[int] = frozenset(), networks: tuple[str, ...] = (), marked: bool = False
+    ) -> None:
         self.devices = devices
+        self._marked = marked
         parsed = [ip_network(network) for network in networks]
         self._networks: dict[int, list[tuple[int, int, int]]] = {
             int(family): [
@@ -184,7 +190,9 @@ class RouteFilter:
             for family, version in ((AF_INET, 4), (AF_INET6, 6))
         }
 
-    def wants(self, family: int, dst: bytes, length: int, oif: int) -> bool:
+    def wants(self, family: int, dst: bytes, length: int, oif: int, protocol: int) -> bool:
+        if self._marked and protocol == ROUTE_PROTOCOL:
+            return True
         if oif in self.devices:
             # Link-local and multicast prefixes are the kernel's own, and every device has the same.
             return not (
@@ -227,7 +235,7 @@ def decode_route(
         elif attr & 0x3FFF in _ODD_ROUTE:
             odd = True
         start += (size + 3) & ~3
-    if wanted is not None and not wanted.wants(family, dst, dst_len, oif):
+    if wanted is not None and not wanted.wants(family, dst, dst_len, oif, protocol):
         return None
     if family == AF_INET6:
         text = inet_ntop(AF_INET6, dst) if dst else "::"

@@ -149,3 +149,41 @@ def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], backend
     assert not list(host.daemon.run_dir.iterdir())
     again = host.ctl("cleanup")
     assert (again.returncode, again.stdout) == (0, "nothing of flanneld is on this host\n")
+
+
+@pytest.mark.field_problem(42)
+@pytest.mark.parametrize("backend", ["vxlan", "host-gw"])
+def test_cleanup_finds_everything_although_the_run_directory_is_gone(
+    make_lab: Callable[..., Lab], backend: str
+) -> None:
+    lab = make_lab(2)
+    lab.set_config({"Network": "10.5.0.0/16", "EnableNFTables": True, "Backend": {"Type": backend}})
+    host = lab.hosts[0]
+    host.run("ip route add 10.99.0.0/16 via 172.30.0.1")
+    before = everything(host)
+    lab.start_daemons("--ip-masq", "--ip-blackhole-route")
+    wait_until(lambda: all(h.daemon.get("/status").json()["peers"] == 1 for h in lab.hosts), 30, "a peer each")
+    host.daemon.stop()
+    assert "blackhole 10.5." in host.run("ip route")
+    shutil.rmtree(host.daemon.run_dir)
+    done = host.ctl("cleanup")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert everything(host) == before
+
+
+@pytest.mark.field_problem(44)
+def test_cleanup_without_a_subnet_file_spares_a_second_networks_routes(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(2)
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}})
+    lab.set_config({"Network": "10.6.0.0/16", "Backend": {"Type": "host-gw"}}, prefix="/second/network")
+    host = lab.hosts[0]
+    lab.start_daemons()
+    seconds = [h.start_daemon("--etcd-prefix=/second/network", instance="b", wait=True) for h in lab.hosts]
+    wait_until(lambda: host.run("ip route").count("proto 241") == 2, 20, "a route in each network")
+    first = host.daemons[0]
+    first.stop()
+    shutil.rmtree(first.run_dir)
+    done = host.ctl("cleanup", f"--subnet-file={first.subnet_file}", f"--healthz-port={first.healthz_port}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (left,) = [line for line in host.run("ip route").splitlines() if "proto 241" in line]
+    assert left.startswith("10.6.") and seconds[0].ready

@@ -14,7 +14,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from backends.kernel_state import FdbEntry, Foreign, Ipip, Link, Neighbour, Route, Vxlan
+from backends.kernel_state import ROUTE_PROTOCOL, FdbEntry, Foreign, Ipip, Link, Neighbour, Route, Vxlan
 from flanneld.dataplane import links, rare, wire
 from flanneld.dataplane.netlink import NetlinkError, _error, messages
 
@@ -255,3 +255,6 @@ def test_which_routes_concern_us(dst: str, oif: int, wanted: bool) -> None:
     body = wire.route_body(Route(dst, "x"), oif)
     chosen = wire.RouteFilter(frozenset({INDEX}), ("10.5.0.0/16", "fd05::/32"))
     assert (wire.decode_route(body, 0, len(body), chosen, {2: "eth0", INDEX: "flannel.1"}) is not None) == wanted
+    marked = wire.route_body(Route(dst, "x", protocol=ROUTE_PROTOCOL), oif)
+    everywhere = wire.RouteFilter(frozenset({INDEX}), (), marked=True)
+    assert wire.decode_route(marked, 0, len(marked), everywhere, {2: "eth0", INDEX: "flannel.1"}) is not None

@@ -17,7 +17,7 @@ from backends.kernel_state import (
     Route,
     Vxlan,
 )
-from flanneld.ownership import ownership
+from flanneld.ownership import ownership, with_marked_routes
 
 NETWORK = IPv4Network("10.5.0.0/16")
 
@@ -55,6 +55,15 @@ owned = ownership(INTERFACES, [NETWORK], frozenset({"flannel.1"}))
 )
 def test_ours(record):
     assert owned(record)
+
+
+def test_without_a_known_network_the_protocol_number_tells_our_routes() -> None:
+    ours = with_marked_routes(ownership(INTERFACES, [], frozenset()), [IPv4Network("10.99.0.0/16")])
+    assert ours(Route("10.5.2.0/24", "eth0", via="192.0.2.2", protocol=ROUTE_PROTOCOL))
+    assert ours(Route("10.5.1.0/24", None, type="blackhole", protocol=ROUTE_PROTOCOL, metric=4096))
+    assert not ours(Route("10.99.2.0/24", "eth0", via="192.0.2.2", protocol=ROUTE_PROTOCOL))  # a second daemon's
+    assert not ours(Route("10.5.2.0/24", "eth0", via="192.0.2.2", protocol=3))
+    assert not ours(link("flannel.7"))
 
 
 @pytest.mark.parametrize(
