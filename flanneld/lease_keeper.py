@@ -302,7 +302,8 @@ class LeaseKeeper:
     def _look_at_range(self, config: NetworkConfig, lease: Lease) -> None:
         """Warn of a subnet that a changed configuration would not hand out any more. Kubernetes hands out its own."""
         text = ""
-        if not self._options.kube_subnet_mgr and not fits(config, (lease.subnet, lease.ipv6_subnet)):
+        chosen = self._options.kube_subnet_mgr or lease.reservation  # by somebody who knew what they did
+        if not chosen and not fits(config, (lease.subnet, lease.ipv6_subnet)):
             text = (
                 f"this node keeps {lease.key}, which the network configuration would not hand out any more (SubnetLen,"
                 f" SubnetMin, SubnetMax): containers live there. To move it: drain the node, stop flanneld, flannelctl"

@@ -21,7 +21,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "reserve",
         help="give a node a subnet that never expires",
         description="Write a lease without expiry. The node that it names gets this subnet when flanneld starts there "
-        "and has no other lease, and keeps it. A subnet that the node already leases becomes a reservation as it is.",
+        "and has no other lease, and keeps it. It may be larger or smaller than SubnetLen. A subnet that the node already "
+        "leases becomes a reservation as it is.",
         allow_abbrev=False,
     )
     parser.add_argument("subnet", metavar="SUBNET", help="10.5.52.0/24; dual-stack: 10.5.52.0/24,fc00:0:0:34::/64")
@@ -84,10 +85,8 @@ def parse_subnets(text: str) -> tuple[IPv4Network | None, IPv6Network | None]:
 
 
 def check(subnets: tuple[IPv4Network | None, IPv6Network | None], config: NetworkConfig) -> None:
-    """Whether the network could ever give these out; Problem says why not."""
-    from subnet_lease.allocation import fits
-
-    for family, subnet, length in ((4, subnets[0], config.subnet_len), (6, subnets[1], config.ipv6_subnet_len)):
+    """Whether they may be leased here, of whatever size; Problem says why not."""
+    for family, subnet, longest in ((4, subnets[0], 30), (6, subnets[1], 126)):
         network = config.network_of(family)
         if subnet is None and network is not None:
             raise Problem(f"the network has IPv{family} ({network}), but no IPv{family} subnet is given")
@@ -97,17 +96,17 @@ def check(subnets: tuple[IPv4Network | None, IPv6Network | None], config: Networ
             raise Problem(f"the network has no IPv{family}", "leave that subnet out")
         if subnet.version != network.version or not subnet.subnet_of(network):  # type: ignore[arg-type]
             raise Problem(f"{subnet} lies outside the network {network}", "choose one inside it")
-        if subnet.prefixlen != length:
+        if subnet.prefixlen > longest:
+            raise Problem(f"{subnet} has no room for containers", f"choose one of at most /{longest}")
+        low, high = config.subnet_range_of(family)
+        if low is None or high is None:
+            continue
+        first, last = subnet.network_address, subnet.broadcast_address
+        if first < low.network_address or last > high.broadcast_address:  # type: ignore[operator]
             raise Problem(
-                f"{subnet}: subnets of this network are /{length}", f"write {subnet.network_address}/{length}"
+                f"{subnet} lies outside what this network hands out: {low} to {high}",
+                "choose one inside it, or change SubnetMin and SubnetMax (flannelctl config set)",
             )
-    if not fits(config, subnets):
-        given = ", ".join(str(subnet) for subnet in subnets if subnet is not None)
-        handed_out = [config.subnet_range_of(subnet.version) for subnet in subnets if subnet is not None]
-        raise Problem(
-            f"{given} lies outside what this network hands out: {' and '.join(f'{a} to {b}' for a, b in handed_out)}",
-            "choose one inside it, or change SubnetMin and SubnetMax (flannelctl config set)",
-        )
 
 
 def same_node(wanted: Lease, other: Lease) -> bool:

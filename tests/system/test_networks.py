@@ -71,6 +71,24 @@ def test_a_node_gets_the_subnet_that_is_reserved_for_its_name(make_lab: MakeLab)
     assert host.daemon.subnet_env()["FLANNEL_SUBNET"] == "10.5.77.1/24"
 
 
+@pytest.mark.field_problem(45)
+def test_a_node_gets_a_larger_subnet_than_the_others_and_keeps_it(make_lab: MakeLab) -> None:
+    lab = make_lab(2)
+    lab.set_config()
+    big, other = lab.hosts
+    assert big.ctl("reserve", "10.5.8.0/22", "--node", "h1").returncode == 0
+    lab.start_daemons()
+    lab.wait_peers()
+    assert big.daemon.subnet_env()["FLANNEL_SUBNET"] == "10.5.8.1/22"
+    assert "10.5.8.0/22 via 10.5.8.0 dev flannel.1 onlink" in other.run("ip route")
+    here, there = big.container("c"), other.container("c")
+    assert here.ping(there).ok and there.ping(here).ok
+    assert big.daemon.get("/readyz").text == "flanneld is ready"
+    big.daemon.restart()
+    big.daemon.wait_ready()
+    assert big.daemon.subnet_env()["FLANNEL_SUBNET"] == "10.5.8.1/22"
+
+
 @pytest.mark.field_problem(34)
 def test_outer_packets_leave_by_the_chosen_interface_and_address(make_lab: MakeLab) -> None:
     lab = make_lab(2, second="172.31.0.0/24")
