@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
 from subnet_lease import allocation
-from subnet_lease.etcd_connection import EtcdConnection, EtcdLeaseGone, clean_prefix
+from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
+from subnet_lease.etcd_keys import LeaseKeys
 from subnet_lease.etcd_leases import LEASE_TTL, Grant, SignOfLife, keep_alive, revoke
-from subnet_lease.etcd_table import EtcdStatus, LeaseReader, decode_any, unreadable_lease
+from subnet_lease.etcd_table import EtcdStatus, LeaseReader
 from subnet_lease.etcd_watch import SnapshotWatch
-from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints, subnet_key
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints
 from subnet_lease.lease_wire import encode_attrs
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import (
@@ -91,8 +92,9 @@ class EtcdStore:
         self._instance = boot_id() if instance is None else instance
         self._status = EtcdStatus()
         self._held: frozenset[str] = frozenset()
-        self._reader = LeaseReader()
-        self._watch = SnapshotWatch(self._connection, self._prefix, self._status, lambda: self._held, self._reader)
+        reader = LeaseReader()
+        self._keys = LeaseKeys(self._connection, self._prefix, reader)
+        self._watch = SnapshotWatch(self._connection, self._prefix, self._status, lambda: self._held, reader)
         self._renewed: dict[int, float] = {}  # etcd lease id -> time.monotonic() of its last renewal
         self._up = SignOfLife(self._connection, self._prefix, self._instance)
         self._random = random.Random()
@@ -121,7 +123,7 @@ class EtcdStore:
         """etcd holds nothing of the kind."""
 
     def find_own(self, request: LeaseRequest) -> Lease | None:
-        leases = self._list()
+        leases = self._keys.all()
         return allocation.find_own(leases, request, self._liveness(request)).lease
 
     def acquire(self, config: NetworkConfig, request: LeaseRequest) -> Lease:
@@ -147,9 +149,9 @@ class EtcdStore:
         return lease
 
     def renew(self, lease: Lease) -> float:
-        current = self._read(lease.key)
+        current = self._keys.read(lease.key)
         if current is not None and current.unreadable and not self._lives_elsewhere(lease.key):
-            current = self._overwrite(current, lease.attrs, lease.store_ref) or self._read(lease.key)
+            current = self._overwrite(current, lease.attrs, lease.store_ref) or self._keys.read(lease.key)
         if current is None or not _same_owner(current, lease):
             raise self._lost(lease, current)
         if current.store_ref != lease.store_ref:
@@ -171,25 +173,16 @@ class EtcdStore:
             return lease  # nothing that a peer could see
         if attrs.node is not None and not allocation.same_address(attrs, lease.attrs):
             request = LeaseRequest(attrs.node, attrs)
-            rival = allocation.find_own(self._list(), request, self._liveness(request)).rival
+            rival = allocation.find_own(self._keys.all(), request, self._liveness(request)).rival
             if rival is not None and rival.key != lease.key:
                 raise allocation.address_in_use(rival, request)
-        published = self._rewrite(lease, attrs)
+        published = self._keys.rewrite(lease, attrs)
         if published is None:
-            raise self._lost(lease, self._read(lease.key))
+            raise self._lost(lease, self._keys.read(lease.key))
         return published
 
     def release(self, lease: Lease) -> None:
-        key = self._key(lease.key)
-
-        def delete(client: Any) -> Any:
-            t = client.transactions
-            return client.transaction(
-                compare=[t.mod(key) == lease.revision, t.version(key) > 0], success=[t.delete(key)], failure=[]
-            )
-
-        done, _ = self._connection.call("release the lease", delete)
-        current = None if done else self._read(lease.key)
+        current = None if self._keys.delete(lease) else self._keys.read(lease.key)
         if current is not None:
             raise self._lost(lease, current)
         if lease.key in self._held:
@@ -222,7 +215,7 @@ class EtcdStore:
         self, config: NetworkConfig, request: LeaseRequest, attrs: LeaseAttrs, grant: Grant
     ) -> Lease | None:
         """One round on a fresh list; None when somebody else was faster."""
-        leases = self._list()
+        leases = self._keys.all()
         found = allocation.find_own(leases, request, self._liveness(request))
         if found.rival is not None:
             raise allocation.address_in_use(found.rival, request)
@@ -241,8 +234,9 @@ class EtcdStore:
             raise OutOfSubnets(f"{error}{self._silent(others)}") from None
         if own is not None and allocation.overlapping([own], subnets):
             # Ours, but of another shape: it makes room for the new one.
-            self._discard(own)
-        created = self._create(subnets, attrs, grant, allocation.key_tells_all(config, leases))
+            self._keys.delete(own)
+        created = self._keys.create(subnets, attrs, grant.id, alone=allocation.key_tells_all(config, leases))
+        grant.used = created is not None
         if created is None or own is None:
             return created
         if not own.reservation:
@@ -250,7 +244,7 @@ class EtcdStore:
                 log.warning(
                     "this node's lease lay outside the network; it has another one now", old=own.key, new=created.key
                 )
-            self._discard(own)
+            self._keys.delete(own)
         elif not request.keep and not allocation.overlapping([own], subnets):
             log.warning(
                 "the subnet reserved for this node lies outside the network; it has another one. Correct the network"
@@ -270,7 +264,7 @@ class EtcdStore:
     def _overwrite(self, spoilt: Lease, attrs: LeaseAttrs, lease_id: int) -> Lease | None:
         """Put our lease back over an unreadable value, if the key is still the revision that we read."""
         ours = replace(spoilt, store_ref=lease_id, reservation=lease_id == 0, unreadable=False)
-        mended = self._rewrite(ours, attrs)
+        mended = self._keys.rewrite(ours, attrs)
         if mended is not None:
             log.warning(
                 "somebody wrote into this node's lease what nobody can read; it is written again", key=mended.key
@@ -287,115 +281,9 @@ class EtcdStore:
             return None  # it has just expired; the key is gone with it
         if encode_attrs(own.attrs) == encode_attrs(attrs):
             return own
-        return self._rewrite(own, attrs)
+        return self._keys.rewrite(own, attrs)
 
-    def _create(
-        self, subnets: allocation.Subnets, attrs: LeaseAttrs, grant: Grant, key_tells_all: bool
-    ) -> Lease | None:
-        """Create the key if nobody has; where one key cannot tell, look whether an older lease overlaps it."""
-        name = subnet_key(*subnets)
-        key, value, lease_id = self._key(name), encode_attrs(attrs), grant.id
-
-        def create(client: Any) -> Any:
-            t = client.transactions
-            return client.transaction(
-                compare=[t.version(key) == 0],
-                success=[
-                    t.put(key, value, lease_id),
-                    t.get(key) if key_tells_all else t.get(self._subnets, _end(self._subnets)),
-                ],
-                failure=[t.get(key)],
-            )
-
-        done, answers = self._connection.call("create a lease", create)
-        if not done:
-            # Ours after all, if the first try was carried out and only its answer got lost.
-            mine = [m for v, m in answers[-1] if m.lease_id == lease_id]
-            if mine:
-                grant.used = True
-                return Lease(*subnets, attrs, revision=mine[0].mod_revision, store_ref=lease_id)
-            return None
-        created: Lease | None = None
-        older: list[Lease] = []
-        for data, meta in answers[-1]:
-            lease = self._decode(meta.key, data, meta.mod_revision, meta.lease_id)
-            if lease is None:
-                continue
-            if lease.key == name:
-                created = lease
-            else:
-                older.append(lease)
-        assert created is not None
-        if allocation.overlapping(older, subnets):
-            self._discard(created)
-            return None
-        grant.used = True
-        return replace(created, attrs=attrs)
-
-    def _rewrite(self, lease: Lease, attrs: LeaseAttrs) -> Lease | None:
-        """Write new attributes if the key is still the revision that we read; None if it is not."""
-        key, value = self._key(lease.key), encode_attrs(attrs)
-
-        def put(client: Any) -> Any:
-            t = client.transactions
-            return client.transaction(
-                compare=[t.mod(key) == lease.revision, t.version(key) > 0],
-                success=[t.put(key, value, lease.store_ref or None), t.get(key)],
-                failure=[t.get(key)],
-            )
-
-        try:
-            _, answers = self._connection.call("rewrite the lease", put)
-        except EtcdLeaseGone:
-            return None
-        for data, meta in answers[-1]:
-            # Also when the comparison failed: the first try may have been carried out and only its answer got lost.
-            if data == value.encode() and meta.lease_id == lease.store_ref:
-                return replace(lease, attrs=attrs, revision=meta.mod_revision)
-        return None
-
-    def _discard(self, lease: Lease) -> None:
-        """Delete a lease of ours by compare-and-swap; whoever changed it meanwhile keeps it."""
-        key = self._key(lease.key)
-
-        def delete(client: Any) -> Any:
-            t = client.transactions
-            return client.transaction(compare=[t.mod(key) == lease.revision], success=[t.delete(key)], failure=[])
-
-        self._connection.call("delete a lease", delete)
-
-    # -- reading -------------------------------------------------------------------------------------------------
-
-    @property
-    def _subnets(self) -> str:
-        return f"{self._prefix}/subnets/"
-
-    def _key(self, name: str) -> str:
-        return self._subnets + name
-
-    def _list(self) -> list[Lease]:
-        """All leases in one range read. One with an unreadable value still takes its subnet; the watch tells of it."""
-        answer = self._connection.call("read the leases", lambda client: client.get_prefix_response(self._subnets))
-        leases = []
-        with self._reader.turn:
-            for kv in answer.kvs:
-                name = kv.key.decode("utf-8", "replace").removeprefix(self._subnets)
-                try:
-                    leases.append(self._reader.read(name, kv)[1])
-                except ValueError:
-                    with suppress(ValueError):
-                        leases.append(unreadable_lease(name, kv.mod_revision, kv.lease))
-        return leases
-
-    def _read(self, name: str) -> Lease | None:
-        answer = self._connection.call("read the lease", lambda client: client.get_response(self._key(name)))
-        for kv in answer.kvs:
-            return self._decode(kv.key, kv.value, kv.mod_revision, kv.lease)
-        return None
-
-    def _decode(self, key: bytes, value: bytes, revision: int, lease_id: int) -> Lease | None:
-        """A lease, readable or not; None for a key that names no subnet."""
-        return decode_any(key.decode("utf-8", "replace").removeprefix(self._subnets), value, revision, lease_id)
+    # -- whose is whose ------------------------------------------------------------------------------------------
 
     def _silent(self, leases: Sequence[Lease]) -> str:
         """Whose leases could be reclaimed: owners that ought to give a sign of life, and give none."""
@@ -444,7 +332,3 @@ def _same_owner(current: Lease, ours: Lease) -> bool:
     if current.attrs.node is not None and ours.attrs.node is not None:
         return allocation.likeness(current.attrs.node, ours.attrs.node) in ("same", "alike")
     return allocation.same_address(current.attrs, ours.attrs)
-
-
-def _end(prefix: str) -> str:
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
