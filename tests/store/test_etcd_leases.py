@@ -25,7 +25,7 @@ def join(network: Network, name: str, ip: str, machine: str | None = None, **cha
 
 
 def revision(network: Network, lease: Lease) -> int:
-    return next(each.revision for each in network.store()._list() if each.key == lease.key)
+    return next(each.revision for each in network.store()._keys.all() if each.key == lease.key)
 
 
 def test_key_and_value_are_flannels(network: Network) -> None:
