@@ -232,11 +232,14 @@ class EtcdStore:
             subnets = allocation.choose(config, others, request, self._random.randrange, own)
         except OutOfSubnets as error:
             raise OutOfSubnets(f"{error}{self._silent(others)}") from None
+        permanent = False
         if own is not None and allocation.overlapping([own], subnets):
-            # Ours, but of another shape: it makes room for the new one.
+            # Ours, but of another shape: it makes room for the new one. A reservation stays one.
             self._keys.delete(own)
-        created = self._keys.create(subnets, attrs, grant.id, alone=allocation.key_tells_all(config, leases))
-        grant.used = created is not None
+            permanent = own.reservation
+        alone = allocation.key_tells_all(config, leases)
+        created = self._keys.create(subnets, attrs, 0 if permanent else grant.id, alone=alone)
+        grant.used = created is not None and not permanent
         if created is None or own is None:
             return created
         if not own.reservation:

@@ -42,7 +42,7 @@ class LeaseKeys:
         return None
 
     def create(self, subnets: allocation.Subnets, attrs: LeaseAttrs, lease_id: int, *, alone: bool) -> Lease | None:
-        """Create the key if nobody has; None if somebody was faster.
+        """Create the key if nobody has; None if somebody was faster. Without an etcd lease (0) it is a reservation.
 
         ``alone``: no other key can overlap this one. Else older leases are looked at, and the youngest gives way.
         """
@@ -54,15 +54,17 @@ class LeaseKeys:
             everything = t.get(self._subnets, _end(self._subnets))
             return client.transaction(
                 compare=[t.version(key) == 0],
-                success=[t.put(key, value, lease_id), t.get(key) if alone else everything],
+                success=[t.put(key, value, lease_id or None), t.get(key) if alone else everything],
                 failure=[t.get(key)],
             )
 
         done, answers = self._connection.call("create a lease", create)
         if not done:
             # Ours after all, if the first try was carried out and only its answer got lost.
-            mine = [m for v, m in answers[-1] if m.lease_id == lease_id]
-            return Lease(*subnets, attrs, revision=mine[0].mod_revision, store_ref=lease_id) if mine else None
+            mine = [m.mod_revision for v, m in answers[-1] if v == value.encode() and m.lease_id == lease_id]
+            if not mine:
+                return None
+            return Lease(*subnets, attrs, revision=mine[0], reservation=not lease_id, store_ref=lease_id)
         found = [self._decode(meta.key, data, meta.mod_revision, meta.lease_id) for data, meta in answers[-1]]
         created = next(lease for lease in found if lease is not None and lease.key == name)
         if allocation.overlapping([lease for lease in found if lease is not None and lease.key != name], subnets):

@@ -32,13 +32,12 @@ STORM: Final = 0.005
 
 
 class StreamEnded(Exception):
-    """The watch stream is over; ``error`` says why. ``compacted`` calls for a new list; ``left`` is our own wish."""
+    """The watch stream is over; ``error`` says why. ``compacted`` calls for a new list."""
 
-    def __init__(self, error: StoreError, *, compacted: bool = False, left: bool = False) -> None:
+    def __init__(self, error: StoreError, *, compacted: bool = False) -> None:
         super().__init__(str(error))
         self.error = error
         self.compacted = compacted
-        self.left = left
 
 
 class WatchStream:
@@ -99,7 +98,7 @@ class WatchStream:
 
     def leave(self) -> None:
         """Make ``next`` end the stream, from another thread."""
-        self._responses.put(StreamEnded(StoreUnavailable("closed"), left=True))
+        self._responses.put(StreamEnded(StoreUnavailable("closed")))
 
     def close(self) -> None:
         self._requests.put(None)  # ends gRPC's thread that reads the requests
@@ -136,6 +135,8 @@ class SnapshotWatch:
         self._history: tuple[int, int] | None = None  # cluster id and raft term of the last list
         self._relist = True
         self._first = True
+        self._moves = 0
+        """How often we were told to leave: what fails because of it is no failure."""
 
     def close(self) -> None:
         self._closed.set()
@@ -143,6 +144,7 @@ class SnapshotWatch:
 
     def reopen(self) -> None:
         """Leave the present stream for a new one, from another thread; nothing is missed."""
+        self._moves += 1
         stream = self._stream
         if stream is not None:
             stream.leave()
@@ -150,7 +152,7 @@ class SnapshotWatch:
     def snapshots(self) -> Iterator[LeaseSnapshot]:
         pause = BACKOFF[0]
         while not self._closed.is_set():
-            started = time.monotonic()
+            started, moves = time.monotonic(), self._moves
             try:
                 if not self._same_history() and self._list():
                     yield self._snapshot()
@@ -158,8 +160,9 @@ class SnapshotWatch:
             except (StreamEnded, StoreError) as failure:
                 if self._closed.is_set():
                     return
-                if isinstance(failure, StreamEnded) and (failure.compacted or failure.left):
-                    self._relist = self._relist or failure.compacted
+                compacted = isinstance(failure, StreamEnded) and failure.compacted
+                if compacted or moves != self._moves:
+                    self._relist = self._relist or compacted
                     continue
                 self._status.failed(failure.error if isinstance(failure, StreamEnded) else failure)
             if self._table.expire():

@@ -190,6 +190,18 @@ def test_a_reservation_stays_one(network: Network) -> None:
 
 
 @pytest.mark.field_problem(39)
+def test_a_reservation_stays_one_when_an_address_family_is_turned_on(network: Network) -> None:
+    network.etcd.ctl("put", network.key("10.5.52.0-24"), FLANNELD % "192.168.64.3")
+    network.configure('{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fc00:5::/48"}')
+    store = network.store()
+    lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    assert lease.key.startswith("10.5.52.0-24&fc00:5:0:") and lease.reservation
+    assert network.keys() == [lease.key]
+    assert '"lease"' not in network.etcd.ctl("get", "-w=json", network.key(lease.key))
+    assert store.renew(lease) > 0
+
+
+@pytest.mark.field_problem(39)
 def test_a_lease_that_an_operator_makes_permanent_is_not_lost(network: Network) -> None:
     store = network.store()
     lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
