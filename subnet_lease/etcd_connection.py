@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 # gRPC's C code writes lines of its own to stderr, about what our errors say better.
@@ -21,6 +21,8 @@ import grpc
 import grpc._common
 from etcd3 import etcdrpc, exceptions
 
+from subnet_lease.etcd_errors import Circumstances, Unreachable, explain, short, silent
+from subnet_lease.etcd_tls import TlsFiles
 from subnet_lease.store import AccessDenied, SetupError, StoreError, StoreUnavailable
 
 Result = TypeVar("Result")
@@ -34,6 +36,8 @@ class EtcdLeaseGone(StoreError):
 
 CALL_TIMEOUT: Final = 5.0
 """Seconds for one call to one endpoint."""
+MEMORY: Final = 60.0
+"""Seconds for which a refused certificate is told in place of "nobody listens"."""
 
 _CHANNEL_OPTIONS: Final = {
     # A dead connection is found within 13 s; etcd refuses pings more often than every 5 s. gRPC makes the timeout the
@@ -58,7 +62,8 @@ if hasattr(grpc._common, "MAXIMUM_WAIT_TIMEOUT"):
     grpc._common.MAXIMUM_WAIT_TIMEOUT = 5.0
 
 _ENDPOINT: Final = re.compile(r"(https?)://(\[[0-9a-fA-F:.]+\]|[^/:\[\]@?#\s]+)(?::(\d{1,5}))?/?")
-_FAILED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+# Unimplemented: there is no etcd behind this endpoint, but perhaps behind the next.
+_FAILED: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNIMPLEMENTED)
 _SWITCH: Final = (exceptions.ConnectionFailedError, exceptions.ConnectionTimeoutError, exceptions.InternalServerError)
 
 
@@ -107,9 +112,10 @@ class EtcdConnection:
         self._closed = False
         self._login_useless = False
         self._watched: Any = None
+        self._telling: tuple[StoreError, float] | None = None
+        self._tls = TlsFiles(keyfile, certfile, cafile)
         self._login_lock = threading.Lock()
-        # Without TLS files for https endpoints gRPC uses the roots that it brings along; flannel uses the system's.
-        self._credentials = _credentials(keyfile, certfile, cafile) if any(secure for secure, _, _ in parsed) else None
+        self._credentials = self._tls.credentials() if any(secure for secure, _, _ in parsed) else None
         self._endpoints = parsed
         self._attempts = len(parsed)
         self._client = self._new_client(timeout)
@@ -144,7 +150,7 @@ class EtcdConnection:
 
     def call(self, what: str, function: Callable[[Any], Result]) -> Result:
         """Run ``function(client)``, on the next endpoint if one fails, after a new login if the old one expired."""
-        failure: Exception | None = None
+        failure: StoreError | None = None
         expired, refusals = 0, 0
         while refusals < self._attempts:
             token = self._client.metadata
@@ -152,18 +158,21 @@ class EtcdConnection:
                 if self._login and not self._has_token() and not self._login_useless:
                     self._authenticate(token)
                 self._client.channel  # noqa: B018 - this property is what leaves an endpoint that failed
-                return function(self._client)
+                answer = function(self._client)
+                if what != "watch":  # a stream has only begun
+                    self._telling = None
+                return answer
             except _SWITCH as error:
                 refusals += 1
-                failure = error
+                failure = self._translate(what, error)
             except exceptions.NoServerAvailableError as error:
                 refusals += 1
                 self._forgive()
-                failure = failure or error
+                failure = failure or self._translate(what, error)
             except grpc.RpcError as error:
                 if error.code() in _FAILED:  # from a stub that was called directly
                     refusals += 1
-                    failure = error
+                    failure = self._translate(what, error)
                     self._client.endpoint_in_use.fail()
                     continue
                 if self._login and expired < 2 and _login_expired(error):
@@ -174,7 +183,7 @@ class EtcdConnection:
             except (etcd3.Etcd3Exception, ValueError) as error:  # ValueError: the channel is closed
                 raise self._translate(what, error) from None
         assert failure is not None
-        raise self._translate(what, failure) from None
+        raise failure from None
 
     def read(self, what: str, *ranges: tuple[bytes, bytes]) -> tuple[Any, list[Any]]:
         """Several ranges at one revision: the answer's header, and all key-value pairs.
@@ -212,7 +221,7 @@ class EtcdConnection:
             self._forget_token(self._client.metadata)
         elif error.code() is not grpc.StatusCode.CANCELLED:
             self._watched.fail()
-        return self._translate("watch", error)
+        return self._translate("watch", error, self._watched)
 
     def watch_refused(self, reason: str) -> StoreError:
         """The error for a watch that etcd cancelled, saying ``reason``."""
@@ -220,13 +229,18 @@ class EtcdConnection:
             # etcd says "permission denied" for an expired login, too.
             self._forget_token(self._client.metadata)
             return self._denied("watch", reason)
-        return StoreUnavailable(f"etcd cancelled the watch: {_short(reason) or 'no reason given'}")
+        return StoreUnavailable(f"etcd cancelled the watch: {short(reason) or 'no reason given'}")
+
+    def nothing_came(self, what: str, seconds: float) -> StoreError:
+        """The error for an endpoint that takes what we send and is silent."""
+        return silent(what, self._names, f"nothing came within {seconds:g} s")
 
     def reconnect(self, leave: Callable[[], None]) -> None:
         """Calls go over new connections from now on; the old ones are closed once ``leave`` has left them."""
         old, fresh = self._client, self._new_client(self._client.timeout)
         fresh.metadata = old.metadata
         self._client = fresh
+        self._telling = None
         leave()
         old.close()
 
@@ -280,7 +294,7 @@ class EtcdConnection:
 
     # -- errors --------------------------------------------------------------------------------------------------
 
-    def _translate(self, what: str, error: BaseException) -> StoreError:
+    def _translate(self, what: str, error: BaseException, endpoint: Any = None) -> StoreError:
         if self._closed:
             return StoreUnavailable("the connection to etcd is closed")
         cause = error if isinstance(error, grpc.RpcError) else error.__context__
@@ -291,18 +305,41 @@ class EtcdConnection:
             return AccessDenied(f"etcd refuses {user}: wrong name or password; check --etcd-username and its password")
         if "user name is empty" in detail or "user name not found" in detail:
             return AccessDenied("etcd asks for a login: set --etcd-username and --etcd-password")
+        where = self._circumstances(endpoint or self._client.endpoint_in_use)
+        failure = explain(detail, where)
+        if failure is not None:
+            return self._most_telling(failure)
         if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
             return self._denied(what, detail)
         if code is grpc.StatusCode.NOT_FOUND:
-            return EtcdLeaseGone(f"etcd cannot {what}: {_short(detail)}")
+            return EtcdLeaseGone(f"etcd cannot {what}: {short(detail)}")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            detail = f"no answer within {self._client.timeout:g} s"
-        return StoreUnavailable(f"etcd does not answer ({what}; tried {self._names}): {_short(detail)}")
+            return self.nothing_came(what, self._client.timeout)
+        return silent(what, where.tried, detail)
+
+    def _circumstances(self, endpoint: Any) -> Circumstances:
+        return Circumstances(f"{endpoint.protocol}://{endpoint.netloc}", self._names, self._tls)
+
+    def _most_telling(self, failure: StoreError) -> StoreError:
+        """A refused certificate, though at another endpoint, or another address of the same name, nobody listens.
+
+        gRPC tells of the address that it tried last, which is another one from time to time.
+        """
+        if isinstance(failure, AccessDenied):
+            self._telling = failure, time.monotonic()
+        elif (
+            isinstance(failure, Unreachable)
+            and self._telling is not None
+            and time.monotonic() - self._telling[1] < MEMORY
+        ):
+            told = self._telling[0]
+            return type(told)(*told.args)
+        return failure
 
     def _denied(self, what: str, detail: str) -> AccessDenied:
         user = f"user {self._login[0]!r}" if self._login else "without login"
         return AccessDenied(
-            f"etcd denies {user} to {what} under {self._scope}: {_short(detail)}; grant read and write on that prefix "
+            f"etcd denies {user} to {what} under {self._scope}: {short(detail)}; grant read and write on that prefix "
             f"(etcdctl role grant-permission ROLE --prefix=true readwrite {self._scope}/)"
         )
 
@@ -315,43 +352,3 @@ def _login_expired(error: grpc.RpcError) -> bool:
 
 def _wrong_login(detail: str) -> bool:
     return "authentication failed" in detail
-
-
-def _short(detail: str) -> str:
-    """gRPC wraps the reason in its own machinery; keep what helps."""
-    text = " ".join(detail.split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _read(option: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise SetupError(f"--etcd-{option} {path}: {error.strerror or error}") from None
-
-
-def _credentials(keyfile: str, certfile: str, cafile: str) -> grpc.ChannelCredentials:
-    """TLS credentials; a CA alone, a client certificate, or both. SetupError names the file that is wrong."""
-    import ssl  # only those who use TLS pay for it
-
-    if bool(keyfile) != bool(certfile):
-        raise SetupError("an etcd client certificate needs both --etcd-certfile and --etcd-keyfile")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority = cafile or ssl.get_default_verify_paths().cafile
-    roots = _read("cafile", authority) if authority else None
-    key = _read("keyfile", keyfile) if keyfile else None
-    certificate = _read("certfile", certfile) if certfile else None
-    if cafile:
-        try:
-            context.load_verify_locations(cafile=cafile)
-        except (ssl.SSLError, ValueError):
-            raise SetupError(f"--etcd-cafile {cafile}: holds no certificate in PEM form") from None
-    if certfile:
-        try:
-            context.load_cert_chain(certfile, keyfile, password=lambda: "")
-        except (ssl.SSLError, ValueError) as error:
-            raise SetupError(
-                f"--etcd-certfile {certfile} and --etcd-keyfile {keyfile}: "
-                f"not a certificate and its unencrypted key in PEM form ({getattr(error, 'reason', None) or error})"
-            ) from None
-    return grpc.ssl_channel_credentials(roots, key, certificate)

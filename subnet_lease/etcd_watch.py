@@ -237,7 +237,7 @@ class SnapshotWatch:
                     asked = now
                     stream.ask_progress()
                 elif asked is not None and now - asked >= SILENT:
-                    raise StreamEnded(StoreUnavailable(f"etcd does not answer (watch; {self._connection.names})"))
+                    raise StreamEnded(self._connection.nothing_came("watch", SILENT))
                 events = [event for response in responses for event in response.events]
                 changed = self._table.apply(events, self._wiped(events))
                 if self._table.expire() or changed:

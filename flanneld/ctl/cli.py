@@ -70,12 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> Problem | None:
     """Errors of the rooms below, whose text already names the thing and the remedy; None for our own mistakes."""
     from flanneld.options import UsageError
-    from subnet_lease.store import StoreError, StoreUnavailable
+    from subnet_lease.store import StoreError
 
     if isinstance(error, UsageError):
         return Problem(str(error), "see flannelctl COMMAND --help", USAGE)
-    if isinstance(error, StoreUnavailable):
-        return Problem(str(error), "check that it runs, and that --etcd-endpoints or FLANNELD_ETCD_ENDPOINTS names it")
     if isinstance(error, StoreError):
         return Problem(str(error))
     return None

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -111,7 +113,23 @@ def test_nobody_answers(network: Network) -> None:
     endpoints = [f"http://127.0.0.1:{free_port()}", f"http://[::1]:{free_port()}"]
     with pytest.raises(StoreUnavailable) as failure:
         network.store(endpoints=endpoints).read_config()
-    assert all(endpoint in str(failure.value) for endpoint in endpoints)
+    assert str(failure.value) == (
+        f"etcd at {', '.join(endpoints)} cannot be reached: connection refused;"
+        " check that it runs and that --etcd-endpoints names it"
+    )
+
+
+def test_who_answers_is_not_etcd(network: Network) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = network.store(endpoints=[f"http://127.0.0.1:{server.server_port}"])
+        with pytest.raises(StoreUnavailable, match="is not etcd; correct --etcd-endpoints"):
+            store.read_config()
+        store.close()
+        server.shutdown()
 
 
 # -- TLS -------------------------------------------------------------------------------------------------------------
@@ -119,7 +137,7 @@ def test_nobody_answers(network: Network) -> None:
 
 @dataclass(frozen=True)
 class Certificates:
-    """File names: an authority, a server certificate for 127.0.0.1, a client certificate, and a foreign authority."""
+    """File names: an authority, certificates for 127.0.0.1 of a server and a client, and of a foreign authority."""
 
     ca: str
     server: str
@@ -127,6 +145,8 @@ class Certificates:
     client: str
     client_key: str
     other_ca: str
+    other_client: str
+    expired: str
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +165,14 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
         openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
                 "-out", f"{name}.pem", "-days", "2", "-extfile", "san")  # fmt: skip
-    names = ("ca.pem", "server.pem", "server.key", "client.pem", "client.key", "other-ca.pem")
+    for made, request, authority, days in (
+        ("other-client", "client", "other-ca", "2"),
+        ("expired", "server", "ca", "-1"),
+    ):
+        openssl("x509", "-req", "-in", f"{request}.csr", "-CA", f"{authority}.pem", "-CAkey", f"{authority}.key",
+                "-CAcreateserial", "-out", f"{made}.pem", "-days", days, "-extfile", "san")  # fmt: skip
+    names = ("ca.pem", "server.pem", "server.key", "client.pem", "client.key", "other-ca.pem", "other-client.pem",
+             "expired.pem")  # fmt: skip
     return Certificates(*(str(directory / name) for name in names))
 
 
@@ -188,19 +215,77 @@ def test_tls_with_a_client_certificate(mutual_tls_etcd: Etcd, certificates: Cert
     lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
     follower = network.follow(store)
     wait_until(lambda: follower.keys == {lease.key})
-    with pytest.raises(StoreUnavailable):
-        network.store(cafile=certificates.ca).read_config()
 
 
-def test_tls_refuses_a_server_of_another_authority(tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork) -> None:
-    with pytest.raises(StoreUnavailable, match="certificate") as failure:
-        on(tls_etcd).store(cafile=certificates.other_ca).read_config()
-    assert tls_etcd.endpoint in str(failure.value)
+def refusal(network: Network, **options: Any) -> AccessDenied | StoreUnavailable:
+    """What a store says that cannot get in; at each try the same, for nothing has changed."""
+    store = network.store(**options)
+    errors: list[AccessDenied | StoreUnavailable] = []
+    for _ in range(8):
+        with pytest.raises((AccessDenied, StoreUnavailable)) as failure:
+            store.read_config()
+        errors.append(failure.value)
+        time.sleep(0.1)
+    assert len({(type(error), str(error)) for error in errors}) == 1, errors
+    return errors[0]
+
+
+def test_no_client_certificate_where_one_is_wanted(
+    mutual_tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork
+) -> None:
+    denied = refusal(on(mutual_tls_etcd), cafile=certificates.ca)
+    assert isinstance(denied, AccessDenied)
+    assert str(denied) == (
+        f"etcd at {mutual_tls_etcd.endpoint} closed the TLS connection:"
+        " it may want a client certificate (--etcd-certfile, --etcd-keyfile)"
+    )
+
+
+def test_a_client_certificate_of_another_authority(
+    mutual_tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork
+) -> None:
+    c = certificates
+    denied = refusal(on(mutual_tls_etcd), cafile=c.ca, certfile=c.other_client, keyfile=c.client_key)
+    assert isinstance(denied, AccessDenied)
+    assert f"it may not accept the client certificate --etcd-certfile {c.other_client}" in str(denied)
+
+
+def test_a_server_of_another_authority(tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork) -> None:
+    denied = refusal(on(tls_etcd), cafile=certificates.other_ca)
+    assert isinstance(denied, AccessDenied)
+    assert str(denied) == (
+        f"etcd's certificate at {tls_etcd.endpoint} is not signed by --etcd-cafile {certificates.other_ca};"
+        " name who did sign it with --etcd-cafile"
+    )
+    assert "one of the system's authorities" in str(refusal(on(tls_etcd)))
+
+
+def test_a_server_whose_certificate_does_not_name_it(
+    tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork
+) -> None:
+    """localhost is two addresses, and nobody listens at one of them: gRPC tells now of this one, now of that one."""
+    endpoint = tls_etcd.endpoint.replace("127.0.0.1", "localhost")
+    denied = refusal(on(tls_etcd), endpoints=[endpoint], cafile=certificates.ca)
+    assert isinstance(denied, AccessDenied)
+    assert str(denied) == "etcd's certificate does not name localhost; use a name that it holds in --etcd-endpoints"
+
+
+def test_a_server_whose_certificate_has_expired(certificates: Certificates, on: MakeNetwork) -> None:
+    extra = (f"--cert-file={certificates.expired}", f"--key-file={certificates.server_key}")
+    with Etcd(scheme="https", extra=extra) as etcd:
+        denied = refusal(on(etcd), cafile=certificates.ca)
+    assert isinstance(denied, AccessDenied)
+    assert f"etcd's certificate at {etcd.endpoint} has expired; renew it" in str(denied)
 
 
 def test_plain_text_to_a_tls_port(tls_etcd: Etcd, on: MakeNetwork) -> None:
-    with pytest.raises(StoreUnavailable):
-        on(tls_etcd).store(endpoints=[tls_etcd.endpoint.replace("https", "http")]).read_config()
+    failure = refusal(on(tls_etcd), endpoints=[tls_etcd.endpoint.replace("https", "http")])
+    assert "closes the connection at once: does it speak https? Then write https://" in str(failure)
+
+
+def test_tls_to_a_plain_port(network: Network, certificates: Certificates) -> None:
+    failure = refusal(network, endpoints=[network.etcd.endpoint.replace("http", "https")], cafile=certificates.ca)
+    assert "does not answer with TLS: does it speak http? Then write http://" in str(failure)
 
 
 # -- login -----------------------------------------------------------------------------------------------------------
