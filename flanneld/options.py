@@ -92,7 +92,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("healthz-port", "int", 0, "port for /healthz, /readyz, /metrics and /status; 0: off"),
     Flag("set-node-network-unavailable", "bool", True, "report NetworkUnavailable to Kubernetes"),
     Flag("version", "bool", False, "print the version and exit"),
-    Flag("v", "int", 0, "log level: 2 and above logs every change to the kernel, 4 everything"),
+    Flag("v", "int", 0, "log level, 0 to 10 as in flannel; 2 and above log every change to the kernel"),
     Flag("vmodule", "ignored", "", "accepted for flannel's sake, without effect"),
     Flag("log_backtrace_at", "ignored", "", "accepted for flannel's sake, without effect"),
     Flag("node-name", "text", "", "this node's name; default: NODE_NAME, else the hostname", "store"),

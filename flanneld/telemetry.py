@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 
 def set_up_logging(format_: str, verbosity: int) -> None:
-    """Readable lines on a terminal, JSON otherwise; to stderr. -v 2 and above adds the debug level."""
+    """Readable lines on a terminal, JSON otherwise; to stderr. ``verbosity`` 2 and above adds the debug level."""
     console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
     renderer: Any = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)

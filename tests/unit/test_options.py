@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import structlog
 
 from flanneld.options import FLAGS, parse
+from flanneld.telemetry import set_up_logging
 from subnet_lease.etcd_connection import parse_endpoint
 from subnet_lease.store import SetupError
 
@@ -68,6 +72,22 @@ def test_bad_usage_exits_with_2_and_names_the_thing(argv, says, capsys):
         parse(argv, {})
     assert caught.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_every_log_level_of_flannel_is_taken_and_the_help_names_the_one_that_changes_anything(capfd):
+    shown = next(flag.help for flag in FLAGS if flag.name == "v")
+    named = {int(number) for number in re.findall(r"\d+", shown)} - {0, 10}
+    told = []
+    for level in range(11):
+        assert options(f"-v={level}").v == options("--v", str(level)).v == level
+        set_up_logging("json", level)
+        try:
+            structlog.get_logger().debug("a change")
+            told.append("a change" in capfd.readouterr().err)
+        finally:
+            structlog.reset_defaults()
+    assert named == {told.index(True)}
+    assert told == sorted(told)
 
 
 def test_a_bad_event_queue_depth_is_fatal_as_in_flannel(capsys):
