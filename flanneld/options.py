@@ -173,8 +173,15 @@ class Options:
         if shown["etcd_password"]:
             shown["etcd_password"] = "(hidden)"
         for name in ("etcd_endpoints", "kube_api_url"):
-            shown[name] = re.sub(r"[^/,]*@", "(hidden)@", shown[name])
+            shown[name] = _without_password(shown[name])
         return {f.attribute: shown[f.attribute] for f in FLAGS if shown[f.attribute] != f.default}
+
+
+def _without_password(urls: str) -> str:
+    """All between the first scheme and the last "@" is hidden: a password may hold a slash, a comma or an "@"."""
+    hidden, at, shown = urls.rpartition("@")
+    scheme = re.match(r"\w+://", hidden)
+    return f"{scheme[0] if scheme else ''}(hidden)@{shown}" if at else urls
 
 
 def go_bool(text: str) -> bool:
@@ -272,6 +279,12 @@ def parse(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> 
 
 
 def _check(options: Options) -> None:
+    if "@" in options.etcd_endpoints and not options.kube_subnet_mgr:
+        # Before anybody splits it at the commas: one of them may stand in a password.
+        raise UsageError(
+            f"--etcd-endpoints={_without_password(options.etcd_endpoints)}: name and password do not belong into it;"
+            " use --etcd-username and --etcd-password"
+        )
     if not 1 <= options.subnet_lease_renew_margin <= 1439:
         raise UsageError(
             f"--subnet-lease-renew-margin={options.subnet_lease_renew_margin}: must be 1 to 1439 minutes"
