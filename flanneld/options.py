@@ -18,6 +18,8 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Literal
 
+from flanneld.usage import Parser
+
 DEFAULT_PREFIX = "/coreos.com/network"
 DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
 
@@ -266,7 +268,7 @@ def from_namespace(
 
 def parse(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[Options, tuple[str, ...]]:
     """Parse flanneld's command line. Exits with 2 on an unknown flag, as argparse does."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flanneld",
         description="Give this host a subnet and reach the containers of all others.",
         allow_abbrev=False,
@@ -285,6 +287,8 @@ def _check(options: Options) -> None:
             f"--etcd-endpoints={_without_password(options.etcd_endpoints)}: name and password do not belong into it;"
             " use --etcd-username and --etcd-password"
         )
+    if not Path(options.subnet_file).name or options.subnet_file.endswith("/") or Path(options.subnet_file).is_dir():
+        raise UsageError(f"--subnet-file={options.subnet_file}: must name a file, such as {DEFAULT_SUBNET_FILE}")
     if not 1 <= options.subnet_lease_renew_margin <= 1439:
         raise UsageError(
             f"--subnet-lease-renew-margin={options.subnet_lease_renew_margin}: must be 1 to 1439 minutes"

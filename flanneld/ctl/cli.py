@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from flanneld.ctl.output import FAILED, USAGE, Problem, show_problem
+from flanneld.usage import Parser
 
 COMMANDS: Final = (
     "config",
@@ -29,7 +30,7 @@ COMMANDS: Final = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flannelctl",
         description="Look at and steer a flannel network: its configuration, its leases, and this node.",
         allow_abbrev=False,

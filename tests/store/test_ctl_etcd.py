@@ -316,5 +316,8 @@ def test_no_etcd_is_said_in_one_sentence(ctl: Run, monkeypatch: pytest.MonkeyPat
 
 def test_usage_errors_exit_with_2(ctl: Run) -> None:
     assert ctl("config")[0] == 2
-    assert ctl("leases", "--no-such-flag")[0] == 2
+    code, _, err = ctl("leases", "--no-such-flag")
+    assert code == 2
+    assert err == "flannelctl: error: unrecognized arguments: --no-such-flag\nsee flannelctl --help\n"
+    assert ctl("release")[2].splitlines()[1:] == ["see flannelctl release --help"]
     assert ctl("leases", "--subnet-lease-renew-margin", "0")[0] == 2

@@ -65,13 +65,19 @@ def test_a_bad_variable_is_a_warning_and_the_default():
         (["--healthz-port=70000"], "not a port"),
         (["--log-format=xml"], "auto, console or json"),
         (["--etcd-pre=/x"], "etcd-pre"),
+        (["--subnet-file="], "--subnet-file=: must name a file"),
+        (["--subnet-file=/tmp"], "--subnet-file=/tmp: must name a file"),
+        (["--subnet-file=/run/nowhere/"], "must name a file"),
     ],
 )
-def test_bad_usage_exits_with_2_and_names_the_thing(argv, says, capsys):
+def test_bad_usage_exits_with_2_and_names_the_thing_in_the_first_of_two_lines(argv, says, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(argv, {})
     assert caught.value.code == 2
-    assert says in capsys.readouterr().err
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("flanneld: error: ")
+    assert says in first
+    assert others == ["see flanneld --help"]
 
 
 def test_every_log_level_of_flannel_is_taken_and_the_help_names_the_one_that_changes_anything(capfd):
