@@ -21,7 +21,8 @@ def read_machine_id(path: Path = Path("/etc/machine-id")) -> str:
 
 def node_identity(name: str, interfaces: tuple[Interface, ...], underlay: Underlay) -> NodeIdentity:
     """Name, machine id and the underlay interface's MAC: three marks (docs/adr: node identity)."""
-    mac = next((i.mac for i in interfaces if i.name == underlay.name), None)
+    # Loopback's is zero on every host, which is no mark.
+    mac = next((i.mac for i in interfaces if i.name == underlay.name and not i.loopback), None)
     return NodeIdentity(name=name, machine_id=read_machine_id(), mac=mac or "")
 
 

@@ -18,6 +18,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Literal
 
+from flanneld.go_regex import compile_go
 from flanneld.usage import Parser
 
 DEFAULT_PREFIX = "/coreos.com/network"
@@ -245,7 +246,8 @@ def from_namespace(
     for flag in FLAGS:
         given = getattr(found, flag.attribute, None)
         if given is not None:
-            values[flag.attribute] = tuple(given) if flag.kind == "list" else given
+            # An empty item stems from an empty variable in a manifest; flannel takes it for none, too.
+            values[flag.attribute] = tuple(filter(None, given)) if flag.kind == "list" else given
             continue
         values[flag.attribute] = flag.default
         text = env.get(flag.variable, "")
@@ -316,8 +318,8 @@ def _check(options: Options) -> None:
             raise UsageError(f"--iface-can-reach={options.iface_can_reach}: not an IP address") from None
     for pattern in options.iface_regex:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            compile_go(pattern)
+        except ValueError as error:
             raise UsageError(f"--iface-regex={pattern}: {error}") from None
 
 

@@ -1,6 +1,6 @@
 """Pure: which interface and addresses carry the tunnels (flannel's pkg/ipmatch/match.go, with reasons).
 
-Order: --iface by name or address, --iface-regex against addresses, then names, --iface-can-reach, a local
+Order: --iface by name or address (then also loopback: routed hosts have their address there), --iface-regex against addresses, then names, --iface-can-reach, a local
 --public-ip, the default route's interface, and at last (without a default route) the only candidate there is.
 """
 
@@ -13,6 +13,7 @@ from ipaddress import ip_address, ip_interface
 
 from backends.backend import Underlay
 from backends.kernel_state import Interface, InterfaceAddress, RouteLookup, is_flannel_device
+from flanneld.go_regex import compile_go
 from subnet_lease.lease import Family, IPAddress, IPNetwork
 
 LINK_SCOPE = 253
@@ -63,7 +64,7 @@ def choose_underlay(view: View, choice: Choice) -> Underlay:
         local[family] = address
     return Underlay(
         name=interface.name,
-        mtu=interface.mtu,
+        mtu=_mtu(view, choice, interface),
         local=local,
         public={family: choice.public.get(family, local[family]) for family in choice.families},
         prefixes=_prefixes(interface),
@@ -72,23 +73,38 @@ def choose_underlay(view: View, choice: Choice) -> Underlay:
     )
 
 
+def _mtu(view: View, choice: Choice, interface: Interface) -> int:
+    """The interface's; of loopback, which has room for anything, that of the interfaces by which packets leave."""
+    if not interface.loopback:
+        return interface.mtu
+    ways = {view.default[f][0].dev for f in choice.families if view.default.get(f)}
+    outward = [i for i in view.interfaces if i.up and not i.loopback and not _for_containers(i)]
+    leaving = [i for i in outward if i.name in ways] or outward
+    return min((i.mtu for i in leaving), default=interface.mtu)
+
+
 def _leads_elsewhere(routes: tuple[RouteLookup, ...], name: str) -> bool:
     """Whether an interface has a default route of its own, but not the one in use."""
     return bool(routes) and routes[0].dev != name and any(route.dev == name for route in routes)
 
 
 def best_address(interface: Interface, family: Family, wanted: IPAddress | None = None) -> IPAddress | None:
-    """``wanted`` if the interface has it, else global before link-local, permanent before not, lasting before temporary."""
+    """``wanted`` if the interface has it, else global before link-local, permanent before not, lasting before temporary.
+
+    127.0.0.0/8 and ::1 only where the interface is loopback and has nothing else.
+    """
     usable = [(ip_interface(a.address).ip, a) for a in interface.addresses if not a.deprecated]
-    usable = [(ip, a) for ip, a in usable if ip.version == family and not ip.is_loopback and not ip.is_multicast]
+    usable = [(ip, a) for ip, a in usable if ip.version == family and not ip.is_multicast]
+    usable = [(ip, a) for ip, a in usable if interface.loopback or not ip.is_loopback]
     if any(ip == wanted for ip, _ in usable):
         return wanted
     usable.sort(key=lambda pair: _badness(pair[0], pair[1]))
     return usable[0][0] if usable else None
 
 
-def _badness(ip: IPAddress, address: InterfaceAddress) -> tuple[bool, bool, bool, bool]:
+def _badness(ip: IPAddress, address: InterfaceAddress) -> tuple[bool, ...]:
     return (
+        ip.is_loopback,
         ip.is_link_local or address.scope >= LINK_SCOPE,
         not address.permanent,
         address.temporary,
@@ -98,15 +114,20 @@ def _badness(ip: IPAddress, address: InterfaceAddress) -> tuple[bool, bool, bool
 
 def _prefixes(interface: Interface) -> tuple[IPNetwork, ...]:
     networks = (ip_interface(a.address).network for a in interface.addresses)
-    return tuple(n for n in networks if n.prefixlen < n.max_prefixlen and not n.network_address.is_link_local)
+    return tuple(
+        n
+        for n in networks
+        if n.prefixlen < n.max_prefixlen and not n.network_address.is_link_local and not n.is_loopback
+    )
 
 
 def _choose_interface(view: View, choice: Choice) -> tuple[Interface, IPAddress | None]:
     """The interface, and the address by which the operator named it, if so."""
     candidates = [i for i in view.interfaces if i.up and not i.loopback]
     if choice.iface or choice.iface_regex:
+        loopback = [i for i in view.interfaces if i.up and i.loopback]
         for wanted in choice.iface:
-            for interface in candidates:
+            for interface in (*candidates, *loopback):
                 address = _as_address(wanted)
                 if interface.name == wanted or (address is not None and address in _addresses(interface)):
                     return interface, address
@@ -131,7 +152,7 @@ def _choose_interface(view: View, choice: Choice) -> tuple[Interface, IPAddress 
 
 
 def _match_regex(pattern: str, candidates: Iterable[Interface]) -> tuple[Interface, IPAddress | None] | None:
-    expression = re.compile(pattern)
+    expression = compile_go(pattern)
     for interface in candidates:
         for address in _addresses(interface):
             if expression.search(str(address)):
@@ -182,10 +203,15 @@ def _passed_over(interface: Interface, choice: Choice) -> str | None:
         return "loopback"
     if not interface.up:
         return "down"
-    if is_flannel_device(interface.name) or _NOT_UNDERLAY.match(interface.name) or interface.kind == "bridge":
+    if _for_containers(interface):
         return "carries containers, not hosts"
     lacking = [f"IPv{f}" for f in choice.families if best_address(interface, f) is None]
     return f"no {' and no '.join(lacking)} address" if lacking else None
+
+
+def _for_containers(interface: Interface) -> bool:
+    named = is_flannel_device(interface.name) or _NOT_UNDERLAY.match(interface.name)
+    return bool(named or interface.kind == "bridge")
 
 
 def _seen(view: View, choice: Choice) -> str:

@@ -127,6 +127,27 @@ def test_an_interface_with_a_default_route_of_its_own_is_used_for_peers_beyond_i
     wait_until(lambda: entry() and " via " not in entry(), 6, "the routing table's choice again")
 
 
+@pytest.mark.parametrize("iface", ["lo", "address"])
+def test_routed_hosts_have_their_address_on_loopback(make_lab: MakeLab, iface: str) -> None:
+    lab = make_lab(2)
+    lab.set_config()
+    routed = {host.name: f"10.99.0.{number}" for number, host in enumerate(lab.hosts, start=1)}
+    for host in lab.hosts:
+        host.run(f"ip addr add {routed[host.name]}/32 dev lo")
+        for other in lab.hosts:
+            if other is not host:
+                host.run(f"ip route add {routed[other.name]} via {other.address} src {routed[host.name]}")
+        host.start_daemon(f"--iface={'lo' if iface == 'lo' else routed[host.name]}")
+    for host in lab.hosts:
+        host.daemon.wait_ready()
+    lab.wait_peers()
+    here, there = (host.container("c") for host in lab.hosts)
+    wait_until(lambda: here.ping(there).ok, 10, "a ping")
+    packet = capture(lab.hosts[0].ns, "eth0", "udp port 8472", lambda: here.ping(there))[0]
+    assert (packet["IP"].src, packet["IP"].dst) == (routed["h1"], routed["h2"])
+    assert lab.hosts[0].daemon.subnet_env()["FLANNEL_MTU"] == "1450"
+
+
 @pytest.mark.field_problem(44)
 @pytest.mark.parametrize(("kind", "nftables"), [("vxlan", False), ("host-gw", True)])
 def test_two_networks_on_one_host_pass_traffic_and_never_meet(make_lab: MakeLab, kind: str, nftables: bool) -> None:

@@ -41,6 +41,11 @@ def test_repeatable_flags_keep_their_order():
     assert options("--iface=eth1", "-iface", "eth0").iface == ("eth1", "eth0")
 
 
+def test_an_empty_item_is_none_as_in_flannel():
+    found = options("--iface=", "--iface-regex=", "--iface=eth1", "--iface=")
+    assert (found.iface, found.iface_regex) == (("eth1",), ())
+
+
 def test_variables_count_only_when_the_flag_is_absent_and_the_value_is_not_empty():
     found = options("--etcd-prefix=/flag", FLANNELD_ETCD_PREFIX="/env", FLANNELD_IFACE="eth3", FLANNELD_PUBLIC_IP="")
     assert (found.etcd_prefix, found.iface, found.public_ip) == ("/flag", ("eth3",), "")
@@ -60,7 +65,9 @@ def test_a_bad_variable_is_a_warning_and_the_default():
         (["--subnet-lease-renew-margin=1440"], "1 to 1439"),
         (["--subnet-lease-renew-margin=0"], "1 to 1439"),
         (["--public-ip=nowhere"], "not an IPv4 address"),
-        (["--iface-regex=("], "iface-regex"),
+        (["--iface-regex=("], "--iface-regex=("),
+        ([r"--iface-regex=\p{Greek}"], r"--iface-regex=\p{Greek}"),
+        (["--iface-regex=eth[[:number:]]"], "--iface-regex=eth[[:number:]]: there is no character class [:number:]"),
         (["--iface-can-reach=nowhere"], "not an IP address"),
         (["--healthz-port=70000"], "not a port"),
         (["--log-format=xml"], "auto, console or json"),

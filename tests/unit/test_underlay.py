@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 import pytest
 
 from backends.kernel_state import Interface, InterfaceAddress, RouteLookup
+from flanneld.identity import node_identity
 from flanneld.underlay import Choice, UnderlayError, View, choose_underlay
 
 
@@ -35,6 +36,37 @@ def test_iface_by_name_or_address(iface):
     assert (chosen.name, chosen.mtu, chosen.local[4]) == ("eth1", 9000, IPv4Address("192.168.56.10"))
 
 
+ROUTED = interface("lo", "127.0.0.1/8", "10.9.9.7/32", "::1/128", "2001:db8::7/128", loopback=True, mtu=65536)
+
+
+@pytest.mark.parametrize("iface", ["lo", "10.9.9.7", "2001:db8::7"])
+def test_loopback_is_taken_when_it_is_named_with_its_global_addresses_and_the_mtu_of_the_way_out(iface):
+    """Routed hosts: the address that BGP announces stands on loopback."""
+    ways = (RouteLookup("eth1", "192.168.56.1", None), RouteLookup("eth0", "10.0.2.2", None))
+    narrow = interface("eth2", "172.16.0.1/24", mtu=1280)
+    chosen = choose_underlay(View((ROUTED, ETH0, ETH1, narrow), {4: ways}), Choice((4, 6), iface=(iface,)))
+    assert (chosen.name, chosen.mtu, chosen.prefixes) == ("lo", 9000, ())
+    assert chosen.local == {4: IPv4Address("10.9.9.7"), 6: IPv6Address("2001:db8::7")}
+    cut_off = choose_underlay(View((ROUTED, ETH0, ETH1)), Choice(V4, iface=(iface,)))
+    assert (cut_off.mtu, cut_off.pinned) == (1500, set())
+
+
+def test_loopback_is_not_found_by_chance():
+    view = View((ROUTED, ETH0), {4: (RouteLookup("eth0", "10.0.2.2", None),)})
+    assert choose_underlay(view, Choice(V4)).name == "eth0"
+    assert choose_underlay(view, Choice(V4, iface_regex=(".*",))).name == "eth0"
+    twice = interface("eth1", "10.9.9.7/24")
+    assert choose_underlay(View((ROUTED, twice)), Choice(V4, iface=("10.9.9.7",))).name == "eth1"
+    bare = interface("lo", "127.0.0.1/8", loopback=True)
+    assert choose_underlay(View((bare, ETH0)), Choice(V4, iface=("lo",))).local[4] == IPv4Address("127.0.0.1")
+
+
+def test_loopbacks_mac_is_no_mark_of_a_node():
+    lo = Interface("lo", 1, 65536, True, "00:00:00:00:00:00", None, True, ROUTED.addresses)
+    chosen = choose_underlay(View((lo, ETH0)), Choice(V4, iface=("lo",)))
+    assert node_identity("a", (lo, ETH0), chosen).mac == ""
+
+
 def test_the_first_iface_that_exists_wins():
     view = View((ETH0, ETH1))
     assert choose_underlay(view, Choice(V4, iface=("eth9", "eth1", "eth0"))).name == "eth1"
@@ -45,6 +77,10 @@ def test_iface_regex_matches_addresses_before_names_and_in_the_order_given():
     view = View((odd, ETH0, ETH1))
     assert choose_underlay(view, Choice(V4, iface_regex=("192",))).name == "eth1"
     assert choose_underlay(view, Choice(V4, iface_regex=("nothing", "^eth0$", "192"))).name == "eth0"
+
+
+def test_iface_regex_is_written_as_for_go():
+    assert choose_underlay(View((ETH0, ETH1)), Choice(V4, iface_regex=(r"^eth[[:digit:]]+\z",))).name == "eth0"
 
 
 def test_can_reach_takes_the_kernels_answer_and_source():
