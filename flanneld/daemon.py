@@ -38,7 +38,7 @@ from flanneld.startup_command import hooks_file
 from flanneld.status import Health
 from flanneld.telemetry import Metrics, gauge, labelled_counter
 from flanneld.wanted import WantedState
-from subnet_lease.store import LeaseStore, StoreError
+from subnet_lease.store import ConfigMissing, LeaseStore, StoreError
 
 log = structlog.get_logger("flanneld")
 
@@ -170,17 +170,22 @@ class Daemon:
 
     def _judge_store(self) -> None:
         status = self.store.status
+        age = self._watch_age()
         if status.last_error is not None:
-            self.health.set("store", status.last_error, quiet=True)  # the store has logged it
-        elif self._watch_age() > WATCH_STALL:
+            # What is wrong with the configuration, the keeper tells, who reads it to claim a lease.
+            theirs = status.fault == ConfigMissing.cause
+            told = theirs and self.health.reason("config") is not None
+            self.health.set("store", None if told else status.last_error, fault=status.fault, quiet=theirs)
+        elif age is not None and age > WATCH_STALL:
             self.health.set("store", f"no sign of life from the store for {WATCH_STALL:.0f} s")
         else:
             self.health.set("store", None)
         self.health.set("stored_config", status.config_error)
 
-    def _watch_age(self) -> float:
+    def _watch_age(self) -> float | None:
+        """Seconds since the last sign of life from the store, None before the first."""
         last = self.store.status.last_contact
-        return 0.0 if last is None else time.monotonic() - last
+        return None if last is None else time.monotonic() - last
 
     def _alive(self) -> bool:
         return time.monotonic() - self.health.beat < LOOP_STALL
@@ -266,6 +271,7 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         """Everything about this node, for /status and flannelctl."""
+        age = self._watch_age()
         return {
             **self.outputs.summary(),
             "warnings": list(self.health.warnings),
@@ -273,18 +279,16 @@ class Daemon:
             "refused": dict(self.wanted.desired.refused) if self.wanted and self.wanted.desired else {},
             "last_pass": self.wanted.last_pass if self.wanted else {},
             "tunnels": self.dataplane.status() if self.dataplane else {},
-            "watch_age": round(self._watch_age(), 3),
+            "watch_age": None if age is None else round(age, 3),
             "store_errors": self.store.status.errors,
         }
 
     def _live_metrics(self) -> Iterable[Metric]:
-        status = self.store.status
         yield from gauge("ready", "1 while this node is ready", float(self.health.ready))
-        if status.last_contact is not None:
-            yield from gauge("watch_age_seconds", "Since the last sign of life from the store", self._watch_age())
+        yield from gauge("watch_age_seconds", "Since the last sign of life from the store", self._watch_age())
         yield from gauge("warnings", "Things an operator should look at; /readyz names them", len(self.health.warnings))
         yield from gauge("lease_age_seconds", "Since our lease was last proven alive", self.keeper.lease_age())
-        yield labelled_counter("store_errors", "Failures of the store, by cause", "cause", status.errors)
+        yield labelled_counter("store_errors", "Failures of the store, by cause", "cause", self.store.status.errors)
         standing = self.board.standing
         if standing is not None and standing.backend.name == "udp":
             from flanneld.dataplane.udp import UdpHandler

@@ -48,7 +48,6 @@ from subnet_lease.store import (
     LeaseRequest,
     LeaseStore,
     StoreError,
-    StoreUnavailable,
     SubnetTaken,
 )
 
@@ -139,9 +138,8 @@ class LeaseKeeper:
 
     def _fail(self, condition: str, cause: str, error: Exception) -> None:
         text = str(error)
-        # What follows the first line of an underlay error is the list of interfaces, which come and go; what a store
-        # that is away answers changes from try to try.
-        fault = cause if isinstance(error, StoreUnavailable) else text.partition("\n")[0]
+        # What follows the first line of an underlay error is the list of interfaces, which come and go.
+        fault = error.fault if isinstance(error, StoreError) else text.partition("\n")[0]
         self._health.set(condition, text, fault=fault)
         self._count_error(cause)
 

@@ -1,7 +1,8 @@
 """What is wrong at the moment, and what this node is: the source of /readyz, /status and the status file.
 
 A condition is a name with a reason, or no reason when all is well. Setting one logs each transition once, so that a
-fault that lasts is one line, and its end another.
+fault that lasts is one line, and its end another; also where two conditions have one fault: when etcd is away, neither
+the lease can be renewed nor the watch go on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Health:
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = dict(WAITING)
         self._started = time.monotonic()
+        self._faults: dict[str, str] = {}
         self._told: dict[str, str] = {}
+        """The faults that are in the log, by the condition that put them there."""
         self._warnings: dict[str, tuple[str, ...]] = {}
         self.on_change = on_change
         self.beat = time.monotonic()
@@ -54,20 +57,31 @@ class Health:
             before = self._reasons.get(condition)
             if before == reason:
                 return
+            self._faults.pop(condition, None)
+            told = self._told.pop(condition, None)
             if reason is None:
                 del self._reasons[condition]
             else:
                 self._reasons[condition] = reason
-            waiting = reason is not None and reason == WAITING.get(condition)
-            told = self._told.pop(condition, None)
-            if reason is not None and not waiting and not quiet:
-                self._told[condition] = fault or reason
-            news = self._told.get(condition) != told
-        if news and condition in self._told:
+                if reason != WAITING.get(condition):
+                    self._faults[condition] = fault or reason
+            now = self._faults.get(condition)
+            if now is not None and not quiet and now not in self._told.values():
+                self._told[condition] = now
+            news = self._told.get(condition) not in (None, told)
+            ended = told is not None and told != now and not self._hand_on(told)
+        if news:
             log.error(reason, condition=condition)
-        elif news and reason is None:
+        elif ended and reason is None:
             log.info("recovered", condition=condition, was=before)
         self.on_change()
+
+    def _hand_on(self, fault: str) -> bool:
+        """Whether another condition has this fault, too; its end is told when that one is over."""
+        heir = next((name for name, its in self._faults.items() if its == fault), None)
+        if heir is not None:
+            self._told[heir] = fault
+        return heir is not None
 
     def warn(self, topic: str, texts: tuple[str, ...]) -> None:
         """What an operator should know though the network stands; each text is logged once. () takes them back."""
@@ -89,7 +103,7 @@ class Health:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why this node is not ready, in order of cause; empty when it is."""
+        """Why this node is not ready, in order of cause, each fault once; empty when it is."""
         return self._shown(CONDITIONS)
 
     @property
@@ -98,8 +112,13 @@ class Health:
         return self._shown(name for name in CONDITIONS if name not in CONTROL_PLANE)
 
     def _shown(self, conditions: Iterable[str]) -> tuple[str, ...]:
+        shown: dict[str, str] = {}
         with self._lock:
-            return tuple(f"{name}: {self._reasons[name]}" for name in conditions if name in self._reasons)
+            for name in conditions:
+                if name in self._reasons:
+                    reason = self._reasons[name]
+                    shown.setdefault(self._faults.get(name, reason), f"{name}: {reason}")
+        return tuple(shown.values())
 
     @property
     def ready(self) -> bool:

@@ -84,7 +84,7 @@ class EtcdStatus:
     last_error: str | None = None
     counts: Counter[str] = field(default_factory=Counter)
     config_error: str | None = None
-    _cause: str = ""
+    fault: str = ""
 
     @property
     def errors(self) -> dict[str, int]:
@@ -94,18 +94,15 @@ class EtcdStatus:
         """The watch has just been heard of."""
         self.last_contact = time.monotonic()
         if self.last_error is not None:
-            self.last_error = None
-            if self._cause != ConfigMissing.cause:
-                log.info("the watch on etcd works again")
+            self.last_error, self.fault = None, ""
+            log.debug("the watch on etcd works again")
 
     def failed(self, error: StoreError) -> None:
-        """Count a failure of the watch; tell it once, until it is another one or heals."""
+        """Count a failure of the watch. The daemon tells it, if nobody else meets the same fault; see ``Health``."""
         self.counts[error.cause] += 1
-        # What is wrong with the configuration, the one who reads it to claim a lease tells.
-        news = self.last_error is None or error.cause != self._cause
-        if news and not isinstance(error, ConfigMissing):
-            log.warning("the watch on etcd fails; the last known leases stay in use", error=str(error))
-        self.last_error, self._cause = str(error), error.cause
+        if error.fault != self.fault:
+            log.debug("the watch on etcd fails; the last known leases stay in use", error=str(error))
+        self.last_error, self.fault = str(error), error.fault
 
 
 class SnapshotTable:

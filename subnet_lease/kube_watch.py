@@ -38,6 +38,7 @@ class Health:
     def __init__(self) -> None:
         self.last_contact: float | None = None
         self.last_error: str | None = None
+        self.fault = ""
         self.config_error: str | None = None
         self._errors: dict[str, int] = {}
 
@@ -48,15 +49,15 @@ class Health:
     def alive(self) -> None:
         self.last_contact = time.monotonic()
         if self.last_error is not None:
-            _log.info("the Kubernetes API answers again")
-            self.last_error = None
+            _log.debug("the Kubernetes API answers again")
+            self.last_error, self.fault = None, ""
 
     def failed(self, error: StoreError) -> None:
-        """Count it, and say it once for as long as it stays the same."""
+        """Count it. The daemon tells it, if nobody else meets the same fault."""
         self.count(error.cause)
-        if self.last_error != str(error):
-            _log.warning("watching Kubernetes failed; the last known state stays in use", error=str(error))
-        self.last_error = str(error)
+        if error.fault != self.fault:
+            _log.debug("watching Kubernetes failed; the last known state stays in use", error=str(error))
+        self.last_error, self.fault = str(error), error.fault
 
     def count(self, cause: str) -> None:
         self._errors[cause] = self._errors.get(cause, 0) + 1

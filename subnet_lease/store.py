@@ -21,11 +21,20 @@ class StoreError(Exception):
     cause: ClassVar[str] = "store"
     transient: ClassVar[bool] = True
 
+    @property
+    def fault(self) -> str:
+        """What tells this fault from another one: the same for as long as it lasts, whoever meets it."""
+        return str(self)
+
 
 class StoreUnavailable(StoreError):
     """Nobody answered, or no leader: wait and try again."""
 
     cause = "unavailable"
+
+    @property
+    def fault(self) -> str:
+        return self.cause  # the system's word for it varies from try to try
 
 
 class AccessDenied(StoreError):
@@ -38,6 +47,10 @@ class ConfigMissing(StoreError):
     """The network configuration is not there yet."""
 
     cause = "config_missing"
+
+    @property
+    def fault(self) -> str:
+        return self.cause
 
 
 class ConfigInvalid(StoreError):
@@ -120,6 +133,10 @@ class StoreStatus(Protocol):
     @property
     def last_error(self) -> str | None:
         """The failure that the watch is in now, None while it is well."""
+
+    @property
+    def fault(self) -> str:
+        """``StoreError.fault`` of that failure, "" while it is well."""
 
     @property
     def errors(self) -> dict[str, int]:

@@ -89,6 +89,8 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
     add("peers", status.get("peers"))
     if isinstance(status.get("watch_age"), int | float):
         add("store", f"heard of {status['watch_age']:.1f} s ago")
+    elif "watch_age" in status:
+        add("store", "never heard of")
     errors = status.get("store_errors")
     if isinstance(errors, dict) and errors:
         add("errors", *(f"{cause} {count}" for cause, count in errors.items()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 from flanneld.lab.hosts import Daemon, Lab
 from flanneld.lab.wait import wait_until
@@ -45,24 +44,36 @@ def test_a_node_waits_for_the_interface_that_it_was_told_to_use_and_names_those_
     daemon.wait_ready(15)
 
 
-def test_an_outage_of_etcd_is_a_few_lines_in_the_log_and_its_end_is_told(lab: Lab) -> None:
+def test_an_outage_of_etcd_is_one_line_and_one_reason_and_its_end_another(lab: Lab) -> None:
     (daemon, *_) = lab.start_daemons()
     start = len(events(daemon))
     lab.etcd.stop()
-    wait_until(lambda: {"lease", "store"} <= set(reasons(daemon)), 40, daemon.why_not)
-    told = len(events(daemon))
+    wait_until(lambda: "store" in reasons(daemon), 40, daemon.why_not)
+    wait_until(lambda: "lease" in reasons(daemon), 40, daemon.why_not)
+    assert list(reasons(daemon)) == ["lease"], "the watch has the same fault"
+    assert "check that it runs and that --etcd-endpoints names it" in reasons(daemon)["lease"]
     # The keeper tries again and again meanwhile; each try is the same news.
     errors = daemon.get("/metrics").text
     wait_until(
         lambda: errors_by(daemon, "unavailable") >= errors_by_text(errors, "unavailable") + 4, 40, daemon.why_not
     )
-    assert "lease" in reasons(daemon)
     lab.etcd.start()
     daemon.wait_ready(40)
-    seen = Counter((event.get("condition"), event["event"] == "recovered") for event in events(daemon)[start:])
-    assert seen[("lease", True)] == 1
-    assert seen[("lease", False)] <= 2, "the same outage was told again and again"
-    assert len(events(daemon)) - told <= 8
+    seen = [event for event in events(daemon)[start:] if event["level"] == "error" or event["event"] == "recovered"]
+    assert [event["event"] == "recovered" for event in seen] == [False, True], seen
+    assert "check that it runs and that --etcd-endpoints names it" in seen[0]["event"]
+
+
+def test_a_daemon_that_never_reached_its_store_says_so(lab: Lab) -> None:
+    lab.etcd.stop()
+    daemon = lab.hosts[0].start_daemon()
+    wait_until(lambda: "lease" in reasons(daemon), 15, daemon.why_not)
+    wait_until(lambda: daemon.get("/status").json()["store_errors"], 15, "the watch has failed, too")
+    assert list(reasons(daemon)) == ["lease", "kernel"]
+    assert daemon.get("/status").json()["watch_age"] is None
+    assert "never heard of" in lab.hosts[0].ctl("status").stdout
+    told = [event["event"] for event in events(daemon) if event["level"] in ("error", "warning")]
+    assert len(told) == 1, told
 
 
 def errors_by(daemon: Daemon, cause: str) -> float:

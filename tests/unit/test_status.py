@@ -55,6 +55,50 @@ def test_what_somebody_else_logs_is_not_logged_twice() -> None:
     assert not logs
 
 
+def away(detail: str) -> dict[str, str]:
+    return {"reason": f"etcd cannot be reached: {detail}", "fault": "unavailable"}
+
+
+@pytest.mark.parametrize("first", ["lease", "store"])
+def test_one_fault_that_two_meet_is_one_line_one_reason_and_one_end(first: str) -> None:
+    health = Health()
+    second = {"lease": "store", "store": "lease"}[first]
+    with capture_logs() as logs:
+        health.set(first, **away("refused"))
+        health.set(second, **away("no route"))
+        health.set(first, **away("no answer"))
+        shown = [reason for reason in health.reasons if "etcd" in reason]
+        assert shown == [f"lease: {health.reason('lease')}"]
+        health.set(first, None)
+        assert lines(logs) == [("error", "etcd cannot be reached: refused")], "the second still suffers from it"
+        assert f"{second}: etcd cannot be reached: no route" in health.reasons
+        health.set(second, None)
+    assert lines(logs) == [("error", "etcd cannot be reached: refused"), ("info", "recovered")]
+
+
+def test_another_fault_of_the_second_is_another_line_and_reason() -> None:
+    health = Health()
+    with capture_logs() as logs:
+        health.set("lease", **away("refused"))
+        health.set("store", "etcd denies to watch", fault="denied")
+        assert [reason.partition(":")[0] for reason in health.reasons] == ["lease", "store", "kernel"]
+        health.set("lease", None)
+        health.set("store", **away("refused"))
+        health.set("lease", **away("refused"))
+        health.set("store", "etcd denies to watch", fault="denied")
+        health.set("lease", None)
+        health.set("store", None)
+    assert lines(logs) == [
+        ("error", "etcd cannot be reached: refused"),
+        ("error", "etcd denies to watch"),
+        ("info", "recovered"),
+        ("error", "etcd cannot be reached: refused"),
+        ("error", "etcd denies to watch"),
+        ("info", "recovered"),
+        ("info", "recovered"),
+    ]
+
+
 def test_what_leaves_the_packets_alone_makes_a_node_unready_but_not_broken() -> None:
     health = Health()
     for condition in WAITING:
