@@ -7,7 +7,7 @@ that did not change and one call of the backend for each that did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from backends.backend import Backend, Host, PeerRefused
@@ -88,6 +88,11 @@ class DesiredState:
     def peers(self) -> int:
         """How many peers have records."""
         return len(self._peers)
+
+    @property
+    def admitted(self) -> Set[str]:
+        """The leases of those peers, by key."""
+        return self._peers.keys()
 
     @property
     def next_departure(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Set
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from flanneld.reconciler import PassResult, Wanted
 from flanneld.status import Health
 from flanneld.telemetry import Metrics
 from flanneld.underlay import View
-from subnet_lease.lease import FAMILIES, Lease
+from subnet_lease.lease import FAMILIES
 
 log = structlog.get_logger("flanneld")
 
@@ -64,6 +64,7 @@ class WantedState:
         self._desired: DesiredState | None = None
         self._owned: tuple[object, object, Owned] | None = None
         self._refused: dict[str, str] = {}
+        self._peers: frozenset[str] = frozenset()
         self.last_pass: dict[str, Any] = {}
 
     @property
@@ -83,10 +84,9 @@ class WantedState:
             if desired is None:
                 return None
             fresh = desired is not self._desired
-        before = {} if fresh else desired.leases
         touched = desired.update(snapshot.leases, time.monotonic())
         if touched or fresh:
-            self._log_peers(before, snapshot.leases, desired, quiet=fresh)
+            self._log_peers(frozenset() if fresh else self._peers, desired, quiet=fresh)
         self._desired = desired
         self._show_refused(desired)
         self._metrics.peers.set(desired.peers)
@@ -185,20 +185,18 @@ class WantedState:
             cached = self._owned = (observed.interfaces, desired, owned)
         return cached[2]
 
-    def _log_peers(
-        self, before: Mapping[str, Lease], after: Mapping[str, Lease], desired: DesiredState, *, quiet: bool
-    ) -> None:
-        own = desired.standing.lease.key
-        came = [key for key in after if key not in before and key != own]
-        went = [key for key in before if key not in after and key != own]
+    def _log_peers(self, before: Set[str], desired: DesiredState, *, quiet: bool) -> None:
+        """Of leases, only those of peers: another backend's nodes, and who is refused, are none."""
+        self._peers = frozenset(desired.admitted)
+        came, went = self._peers - before, before - self._peers
         if quiet or len(came) + len(went) > FEW:
             log.info("peers", joined=len(came), left=len(went), now=desired.peers)
             return
-        for key in came:
-            attrs = after[key].attrs
+        for key in sorted(came):
+            attrs = desired.leases[key].attrs
             name = {"node": attrs.node.name} if attrs.node else {}
             log.info("peer joined", subnet=key, public_ip=str(attrs.public_ip or attrs.public_ipv6), **name)
-        for key in went:
+        for key in sorted(went):
             log.info("peer left", subnet=key)
 
     def _show_refused(self, desired: DesiredState) -> None:
