@@ -316,6 +316,8 @@ class Daemon:
             log.info("reading everything again (SIGHUP)")
             self.board.reload = True
             self.board.wake_keeper()
+            if self.reconciler is not None:
+                self.reconciler.look_at_everything()
         elif number is not None:
             self.board.stop()
 

@@ -170,6 +170,7 @@ class LeaseKeeper:
             self._board.reload = False
             self._choose_anew = True
             self._config = self._hints = None
+            self._store.reconnect()
         config = self._follow_config()
         underlay = self._choose_underlay(view, config)
         self._health.set("underlay", None)

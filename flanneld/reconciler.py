@@ -115,9 +115,15 @@ class Reconciler:
         self._intervals = intervals
         self._clock = clock
         self._progress = _Progress()
+        self._everything = False
 
     def trigger(self) -> None:
         """Look again soon. From any thread."""
+        self._dataplane.wake()
+
+    def look_at_everything(self) -> None:
+        """As after ``resync`` seconds, but now. From any thread."""
+        self._everything = True
         self._dataplane.wake()
 
     def run(self, stopped: Callable[[], bool]) -> None:
@@ -126,7 +132,8 @@ class Reconciler:
         progress.next_resync = self._clock() + self._intervals.resync
         while not stopped():
             began = self._clock()
-            if began >= progress.next_resync:
+            if began >= progress.next_resync or self._everything:
+                self._everything = False
                 self._dataplane.invalidate()
                 progress.next_resync = began + self._intervals.resync
             self.one_pass()

@@ -195,7 +195,10 @@ class EtcdStore:
         return self._watch.snapshots()
 
     def reconnect(self) -> None:
-        self._connection.reconnect(self._watch.reopen)
+        try:
+            self._connection.reconnect()
+        except SetupError as error:
+            log.error(f"{error}; what was read before stays in use")
 
     def close(self) -> None:
         if self._closed.is_set():

@@ -115,11 +115,21 @@ class EtcdConnection:
         self._telling: tuple[StoreError, float] | None = None
         self._tls = TlsFiles(keyfile, certfile, cafile)
         self._login_lock = threading.Lock()
-        self._credentials = self._tls.credentials() if any(secure for secure, _, _ in parsed) else None
+        self._renewal = threading.Lock()
+        self.generation = 0
+        """Rises whenever connections are left for new ones: a stream over an older one has ended by our own wish."""
         self._endpoints = parsed
+        self._read_certificates()
         self._attempts = len(parsed)
         self._client = self._new_client(timeout)
         self._set_token(None)
+
+    def _read_certificates(self) -> None:
+        """Take the TLS files as they are now; SetupError says what is wrong with them, and nothing has changed."""
+        secure = any(secure for secure, _, _ in self._endpoints)
+        marks = self._tls.marks()
+        self._credentials = self._tls.credentials() if secure else None
+        self._marks = marks
 
     def _new_client(self, timeout: float) -> Any:
         # A failed endpoint is passed over for a while, in favour of the others; alone, it is tried again at once.
@@ -153,35 +163,35 @@ class EtcdConnection:
         failure: StoreError | None = None
         expired, refusals = 0, 0
         while refusals < self._attempts:
-            token = self._client.metadata
+            client = self._client
+            token = client.metadata
             try:
                 if self._login and not self._has_token() and not self._login_useless:
                     self._authenticate(token)
-                self._client.channel  # noqa: B018 - this property is what leaves an endpoint that failed
-                answer = function(self._client)
+                client.channel  # noqa: B018 - this property is what leaves an endpoint that failed
+                answer = function(client)
                 if what != "watch":  # a stream has only begun
                     self._telling = None
                 return answer
-            except _SWITCH as error:
-                refusals += 1
-                failure = self._translate(what, error)
-            except exceptions.NoServerAvailableError as error:
-                refusals += 1
-                self._forgive()
-                failure = failure or self._translate(what, error)
-            except grpc.RpcError as error:
-                if error.code() in _FAILED:  # from a stub that was called directly
+            except (etcd3.Etcd3Exception, grpc.RpcError, ValueError) as error:  # ValueError: the channel is closed
+                if client is not self._client:
+                    continue  # closed under us, for a new one
+                if isinstance(error, exceptions.NoServerAvailableError):
                     refusals += 1
+                    self._forgive()
+                    failure = failure or self._translate(what, error)
+                elif _elsewhere(error):
                     failure = self._translate(what, error)
-                    self._client.endpoint_in_use.fail()
-                    continue
-                if self._login and expired < 2 and _login_expired(error):
+                    if isinstance(failure, AccessDenied) and self._use_new_certificates(client):
+                        continue
+                    refusals += 1
+                    if isinstance(error, grpc.RpcError):  # from a stub that was called directly
+                        client.endpoint_in_use.fail()
+                elif self._login and expired < 2 and isinstance(error, grpc.RpcError) and _login_expired(error):
                     expired += 1
                     self._forget_token(token)
-                    continue
-                raise self._translate(what, error) from None
-            except (etcd3.Etcd3Exception, ValueError) as error:  # ValueError: the channel is closed
-                raise self._translate(what, error) from None
+                else:
+                    raise self._translate(what, error) from None
         assert failure is not None
         raise failure from None
 
@@ -235,13 +245,37 @@ class EtcdConnection:
         """The error for an endpoint that takes what we send and is silent."""
         return silent(what, self._names, f"nothing came within {seconds:g} s")
 
-    def reconnect(self, leave: Callable[[], None]) -> None:
-        """Calls go over new connections from now on; the old ones are closed once ``leave`` has left them."""
+    def reconnect(self) -> None:
+        """Calls and streams go over new connections from now on, with the TLS files as they are now.
+
+        SetupError: those cannot be used, so it is done with what was read before.
+        """
+        with self._renewal:
+            try:
+                self._read_certificates()
+            finally:
+                self._replace_client()
+
+    def _use_new_certificates(self, refused: Any) -> bool:
+        """After a refused certificate: whether the files have changed since they were read, and are used now."""
+        with self._renewal:
+            if refused is not self._client:
+                return True
+            if self._tls.marks() == self._marks:
+                return False
+            try:
+                self._read_certificates()
+            except SetupError:
+                return False  # half written, perhaps; the next refusal looks again
+            self._replace_client()
+            return True
+
+    def _replace_client(self) -> None:
         old, fresh = self._client, self._new_client(self._client.timeout)
         fresh.metadata = old.metadata
+        self.generation += 1
         self._client = fresh
         self._telling = None
-        leave()
         old.close()
 
     def hurry(self) -> None:
@@ -342,6 +376,11 @@ class EtcdConnection:
             f"etcd denies {user} to {what} under {self._scope}: {short(detail)}; grant read and write on that prefix "
             f"(etcdctl role grant-permission ROLE --prefix=true readwrite {self._scope}/)"
         )
+
+
+def _elsewhere(error: Exception) -> bool:
+    """Whether another endpoint may do better."""
+    return isinstance(error, _SWITCH) or (isinstance(error, grpc.RpcError) and error.code() in _FAILED)
 
 
 def _login_expired(error: grpc.RpcError) -> bool:

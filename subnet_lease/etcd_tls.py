@@ -18,6 +18,10 @@ class TlsFiles:
     certfile: str = ""
     cafile: str = ""
 
+    def marks(self) -> tuple[tuple[int, int] | None, ...]:
+        """What changes when one of the files is written or replaced."""
+        return tuple(_mark(path) for path in (self.keyfile, self.certfile, self.cafile) if path)
+
     def credentials(self) -> grpc.ChannelCredentials:
         """From the files as they are now; a CA alone, a client certificate, or both. SetupError names what is wrong."""
         import ssl  # only those who use TLS pay for it
@@ -44,6 +48,14 @@ class TlsFiles:
                     f"not a certificate and its unencrypted key in PEM form ({getattr(error, 'reason', None) or error})"
                 ) from None
         return grpc.ssl_channel_credentials(roots, key, certificate)
+
+
+def _mark(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _read(option: str, path: str) -> bytes:

@@ -135,16 +135,9 @@ class SnapshotWatch:
         self._history: tuple[int, int] | None = None  # cluster id and raft term of the last list
         self._relist = True
         self._first = True
-        self._moves = 0
-        """How often we were told to leave: what fails because of it is no failure."""
 
     def close(self) -> None:
         self._closed.set()
-        self.reopen()
-
-    def reopen(self) -> None:
-        """Leave the present stream for a new one, from another thread; nothing is missed."""
-        self._moves += 1
         stream = self._stream
         if stream is not None:
             stream.leave()
@@ -152,7 +145,7 @@ class SnapshotWatch:
     def snapshots(self) -> Iterator[LeaseSnapshot]:
         pause = BACKOFF[0]
         while not self._closed.is_set():
-            started, moves = time.monotonic(), self._moves
+            started, generation = time.monotonic(), self._connection.generation
             try:
                 if not self._same_history() and self._list():
                     yield self._snapshot()
@@ -161,7 +154,7 @@ class SnapshotWatch:
                 if self._closed.is_set():
                     return
                 compacted = isinstance(failure, StreamEnded) and failure.compacted
-                if compacted or moves != self._moves:
+                if compacted or generation != self._connection.generation:  # what we left has not failed
                     self._relist = self._relist or compacted
                     continue
                 self._status.failed(failure.error if isinstance(failure, StreamEnded) else failure)

@@ -176,7 +176,10 @@ class KubeStore:
             self._condition.report(ready, reasons, time.monotonic())
 
     def reconnect(self) -> None:
-        self._api.renew(self._leave_watches)
+        try:
+            self._api.renew(self._leave_watches)
+        except SetupError as error:
+            _log.error(f"{error}; what was read before stays in use")
 
     def _leave_watches(self) -> None:
         for watch in (self._nodes, self._policies):

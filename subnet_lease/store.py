@@ -178,7 +178,8 @@ class LeaseStore(Protocol):
         """Complete snapshots, the first one at once, until ``close``. Survives everything; never raises."""
 
     def reconnect(self) -> None:
-        """This host's address has changed: leave connections that start at the old one before they time out."""
+        """Leave all connections for new ones, which start at this host's address of today and use certificates and
+        credentials as they are on disk; files that cannot be read are logged, and what was read before stays in use."""
 
     def report(self, ready: bool, reasons: tuple[str, ...]) -> None:
         """Tell the store whether this node's data path works (Kubernetes' NetworkUnavailable); etcd: nothing."""

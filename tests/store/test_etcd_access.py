@@ -250,6 +250,67 @@ def test_a_client_certificate_of_another_authority(
     assert f"it may not accept the client certificate --etcd-certfile {c.other_client}" in str(denied)
 
 
+@dataclass(frozen=True)
+class Files:
+    """A node's own copies of the TLS files, as a rotation replaces them."""
+
+    directory: Path
+
+    def put(self, **sources: str) -> dict[str, str]:
+        """Replace the files; as options of a store."""
+        for name, source in sources.items():
+            fresh = self.directory / f"{name}.new"
+            fresh.write_bytes(Path(source).read_bytes())
+            fresh.replace(self.directory / name)
+        return {name: str(self.directory / name) for name in ("cafile", "certfile", "keyfile")}
+
+
+def test_renewed_certificates_are_used_as_soon_as_the_old_ones_are_refused(
+    mutual_tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork, tmp_path: Path
+) -> None:
+    c, network, files = certificates, on(mutual_tls_etcd), Files(tmp_path)
+    network.configure()
+    store = network.store(**files.put(cafile=c.ca, certfile=c.other_client, keyfile=c.client_key))
+    follower = network.follow(store)
+    with pytest.raises(AccessDenied):
+        store.read_config()
+    files.put(certfile=c.server, keyfile=c.client_key)  # the key does not fit: as while a rotation is under way
+    with pytest.raises(AccessDenied):
+        store.read_config()
+    files.put(certfile=c.client)
+    assert store.read_config()
+    wait_until(lambda: follower.snapshots)
+    files.put(cafile=c.other_ca)
+    assert store.read_config(), "a connection that stands needs no certificate"
+
+
+def test_certificates_are_read_again_on_demand_and_the_old_ones_stay_where_they_cannot(
+    mutual_tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork, tmp_path: Path
+) -> None:
+    c, network, files = certificates, on(mutual_tls_etcd), Files(tmp_path)
+    network.configure()
+    store = network.store(**files.put(cafile=c.ca, certfile=c.client, keyfile=c.client_key))
+    follower = network.follow(store)
+    wait_until(lambda: follower.snapshots)
+    garbage = tmp_path / "garbage"
+    garbage.write_text("no certificate")
+    files.put(cafile=str(garbage))
+    with capture_logs() as lines:
+        store.reconnect()
+    assert [line["event"] for line in lines if line["log_level"] == "error"] == [
+        f"--etcd-cafile {tmp_path / 'cafile'}: holds no certificate in PEM form; what was read before stays in use"
+    ]
+    assert store.read_config()
+    files.put(cafile=c.other_ca)
+    store.reconnect()
+    with pytest.raises(AccessDenied, match="is not signed by --etcd-cafile"):
+        store.read_config()
+    files.put(cafile=c.ca)
+    assert store.read_config()
+    lease = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    wait_until(lambda: lease.key in follower.keys)
+
+
 def test_a_server_of_another_authority(tls_etcd: Etcd, certificates: Certificates, on: MakeNetwork) -> None:
     denied = refusal(on(tls_etcd), cafile=certificates.other_ca)
     assert isinstance(denied, AccessDenied)

@@ -11,6 +11,7 @@ import pytest
 
 from flanneld.lab.hosts import Lab
 from flanneld.lab.wait import wait_until
+from tests.system.kernel_text import metric
 from tests.system.test_symptoms import events, reasons
 
 
@@ -80,6 +81,20 @@ def test_hangup_reads_the_configuration_again_and_its_mending_needs_no_signal(si
     single.set_config()
     daemon.wait_ready(15)
     assert daemon.subnet_env() == before
+
+
+def test_hangup_costs_nothing_where_all_is_well(single: Lab) -> None:
+    host = single.hosts[0]
+    daemon = host.start_daemon(wait=True)
+    changes, passes = metric(host, "flanneld_changes_total"), metric(host, "flanneld_reconcile_passes_total")
+    daemon.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: metric(host, "flanneld_reconcile_passes_total") > passes, 10, "a pass")
+    # What the store shows after it was connected anew arrives.
+    value = '{"PublicIP":"203.0.113.9","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:09"}}'
+    assert metric(host, "flanneld_changes_total") == changes
+    single.etcd.ctl("put", "/coreos.com/network/subnets/10.5.9.0-24", value)
+    wait_until(lambda: "10.5.9.0" in host.run("ip route"), 10, "the peer")
+    assert [event for event in events(daemon) if event["level"] in ("error", "warning")] == []
 
 
 def test_killed_at_any_moment_of_its_start_it_leaves_nothing_that_the_next_start_minds(single: Lab) -> None:

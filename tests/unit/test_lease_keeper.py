@@ -161,6 +161,12 @@ def test_connections_from_an_address_that_is_gone_are_left_before_the_new_one_is
     assert node.board.standing.host.underlay.local[4] == IPv4Address("192.168.9.77")
 
 
+def test_a_hangup_connects_anew_once_so_that_certificates_are_read_again(node: Node) -> None:
+    node.board.reload = True
+    assert node.step() and node.step()
+    assert node.store.connections == 2
+
+
 def test_a_lease_lost_meanwhile_is_told(node: Node) -> None:
     spoil_backend(node)
     node.store.broken = LeaseLost("lease 10.5.7.0-24 is another node's now")

@@ -74,6 +74,20 @@ def test_what_somebody_else_changed_is_put_back_and_counted_as_a_repair():
     assert world.kernel.records == world.state
 
 
+def test_what_nobody_heard_of_is_found_when_everything_is_to_be_looked_at():
+    world = settled(*peer(1, 1, 11))
+    route = Route("10.1.1.0/24", DEV, via="10.1.1.0", onlink=True)
+    passes = iter([False, True, False, True])
+    del world.kernel.records[route.key]
+    world.reconciler.run(lambda: next(passes))
+    assert world.reports[-1].changes == ()
+    woken = world.kernel.woken
+    world.reconciler.look_at_everything()
+    assert world.kernel.woken == woken + 1
+    world.reconciler.run(lambda: next(passes))
+    assert [c.record for c in world.reports[-1].changes] == [route]
+
+
 def test_a_failure_skips_what_depends_on_it_and_nothing_else():
     world = World(*peer(1, 1, 11), *peer(2, 2, 12))
     world.kernel.refuse = {(Kind.FDB, DEV, "02:00:00:00:01:01")}
