@@ -1,8 +1,8 @@
 """The thread that holds our lease: claims it, publishes what we are, renews it, and takes it back when it is lost.
 
-It also decides what this node *is* (``Standing``): configuration, backend, underlay, lease. Everything is a step that
-looks at what is known now and does what is missing; a step that fails is one condition and a later try. Whatever
-happens to the lease, the standing stays: the data path does not depend on the store.
+Everything is a step that looks at what this node is now (``node_setup``) and at its lease, and does what is missing; a
+step that fails is one condition and a later try. Whatever happens to the lease, the standing stays: the data path does
+not depend on the store.
 """
 
 from __future__ import annotations
@@ -12,34 +12,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Network, IPv6Network, ip_address
-from pathlib import Path
 
 import structlog
 
-from backends.backend import Backend, BackendError, Host, Underlay
-from backends.registry import backend_class
+from backends.backend import BackendError
 from flanneld.board import Board
-from flanneld.desired import Standing
-from flanneld.facts import find_facts
-from flanneld.identity import node_identity
+from flanneld.node_setup import NodeSetup, Setup
 from flanneld.options import Options
 from flanneld.status import WAITING, Health
-from flanneld.traffic_rules import firewalls
-from flanneld.underlay import Choice, UnderlayError, View, choose_underlay
-from subnet_lease import subnet_file
+from flanneld.underlay import UnderlayError
 from subnet_lease.allocation import fits
-from subnet_lease.lease import (
-    FAMILIES,
-    Family,
-    IPAddress,
-    IPNetwork,
-    Lease,
-    LeaseAttrs,
-    LeaseSnapshot,
-    NodeHints,
-    NodeIdentity,
-)
+from subnet_lease.lease import FAMILIES, Lease, LeaseAttrs, LeaseSnapshot
 from subnet_lease.network_config import NetworkConfig
 from subnet_lease.store import (
     ConfigInvalid,
@@ -75,21 +58,12 @@ class LeaseKeeper:
         self._health = health
         self._count_error = count_error
         self._wakeup = threading.Event()
-        self._hints: NodeHints | None = None
-        self._config: NetworkConfig | None = None
-        self._backend: Backend | None = None
-        self._facts: dict[str, str] = {}
-        self._choose_anew = False
-        """After SIGHUP: look at the default route as at a start."""
+        self._setup = NodeSetup(options, store, board, health)
         self._renew_at = 0.0
         self._renewed_at: float | None = None
         self._lost = False
         self._base: LeaseSnapshot | None = None
         """The newest snapshot when we last began to write: what it says of our lease is older than what we know."""
-        self._previous = read_previous(Path(options.subnet_file))
-        previous = (self._previous.network, self._previous.ipv6_network)
-        self._networks: list[IPNetwork] = [network for network in previous if network is not None]
-        """All that this node was part of; what is left of those that it is not any more is ours to remove."""
         board.wake_keeper = self.wake
 
     def wake(self) -> None:
@@ -168,135 +142,86 @@ class LeaseKeeper:
             return 1.0
         if self._board.reload:
             self._board.reload = False
-            self._choose_anew = True
-            self._config = self._hints = None
+            self._setup.reload()
             self._store.reconnect()
-        config = self._follow_config()
-        underlay = self._choose_underlay(view, config)
-        self._health.set("underlay", None)
-        backend = self._follow_backend(config)
-        # Raises where nothing would fit into the underlay's packets.
-        backend.mtu(underlay, _families(config))
-        identity = node_identity(self._options.node_name, view.interfaces, underlay)
+        setup = self._setup.follow(view)
         lease = self._board.lease
-        if lease is None:
-            lease = self._first_claim(config, backend, underlay, identity, view)
-        else:
-            lease = self._follow_lease(config, backend, underlay, identity, lease)
+        lease = self._first_claim(setup) if lease is None else self._follow_lease(setup, lease)
         self._board.refuse = ""
         self._health.set("config", None)
-        self._look_at_range(config, lease)
+        self._look_at_range(setup.config, lease)
         pause = self._renew(lease)
         self._health.set("lease", None)
         return pause
 
-    def _follow_config(self) -> NetworkConfig:
-        """The newest valid configuration; the first is read directly, later ones come with the snapshots."""
-        snapshot = self._board.snapshot
-        if self._config is None:
-            self._config = self._store.read_config()
-        elif snapshot is not None and snapshot.config != self._config:
-            log.info("network configuration changed")
-            self._config = snapshot.config
-        return self._config
-
-    def _choose_underlay(self, view: View, config: NetworkConfig) -> Underlay:
-        snapshot = self._board.snapshot
-        if self._hints is None:
-            self._hints = self._store.hints()
-        elif snapshot is not None:
-            self._hints = snapshot.hints
-        standing = self._board.standing
-        current = standing.host.underlay.name if standing is not None and not self._choose_anew else ""
-        underlay = choose_underlay(view, make_choice(self._options, config, self._hints, current))
-        self._choose_anew = False
-        return underlay
-
-    def _follow_backend(self, config: NetworkConfig) -> Backend:
-        """The backend of this configuration, made anew only when its part of the configuration changed."""
-        backend = self._backend
-        wanted = (config.backend_type, config.backend_options, _families(config))
-        if backend is None or wanted != self._backend_made_of:
-            backend = backend_class(config.backend_type)(config.backend_options)
-            for key in (*config.unknown_keys, *(f"Backend.{k}" for k in backend.unknown_options)):
-                log.warning("the network configuration has a key that nothing reads; is it misspelt?", key=key)
-            self._backend, self._backend_made_of = backend, wanted
-            self._facts = {}
-        return backend
-
-    _backend_made_of: tuple[object, ...] = ()
-
-    def _first_claim(
-        self, config: NetworkConfig, backend: Backend, underlay: Underlay, identity: NodeIdentity, view: View
-    ) -> Lease:
-        bare = LeaseAttrs(
-            public_ip=underlay.public.get(4),  # type: ignore[arg-type]
-            public_ipv6=underlay.public.get(6),  # type: ignore[arg-type]
-            node=identity,
-        )
-        request = LeaseRequest(identity, bare, self._previous_for(config), avoid=underlay.prefixes)
-        own = self._store.find_own(request)
-        self._learn_facts(config, backend, underlay, identity, view, own)
-        attrs = self._attrs(config, backend, underlay, identity)
+    def _first_claim(self, setup: Setup) -> Lease:
+        previous = self._setup.previous_subnets(setup.config)
+        bare = LeaseAttrs(**setup.bare_attrs)
+        request = LeaseRequest(setup.identity, bare, previous, avoid=setup.underlay.prefixes)
+        attrs = self._setup.attrs(setup, self._store.find_own(request))
         self._base = self._board.snapshot
-        lease = self._store.acquire(config, replace(request, attrs=attrs))
+        lease = self._store.acquire(setup.config, replace(request, attrs=attrs))
         log.info(
             "lease acquired",
             subnet=str(lease.subnet or lease.ipv6_subnet),
             **({"ipv6_subnet": str(lease.ipv6_subnet)} if lease.subnet and lease.ipv6_subnet else {}),
             public_ip=str(attrs.public_ip or attrs.public_ipv6),
-            backend=backend.name,
-            interface=underlay.name,
+            backend=setup.backend.name,
+            interface=setup.underlay.name,
         )
         self._board.lease = lease
-        self._stand(config, backend, underlay, lease)
+        self._stand(setup, lease)
         return lease
 
-    def _follow_lease(
-        self, config: NetworkConfig, backend: Backend, underlay: Underlay, identity: NodeIdentity, lease: Lease
-    ) -> Lease:
+    def _follow_lease(self, setup: Setup, lease: Lease) -> Lease:
         """The kernel first, then the store: a changed underlay must work also while the store is away."""
-        view = self._board.view
-        assert view is not None
-        if not self._facts:
-            self._learn_facts(config, backend, underlay, identity, view, lease)
         # Whose lease it is does not change with the interface that carries it today.
-        identity = lease.attrs.node or identity
-        attrs = self._attrs(config, backend, underlay, identity)
-        if not self._fits(config, lease):
+        setup = replace(setup, identity=lease.attrs.node or setup.identity)
+        attrs = self._setup.attrs(setup, lease)
+        if not _lies_inside(setup.config, lease):
             raise ConfigInvalid(
                 f"this node's subnet {lease.subnet or lease.ipv6_subnet} lies outside the configured network; the old"
                 " network keeps running here: drain the node and restart flanneld, which takes a subnet of the new one"
             )
         standing = self._board.standing
-        moved = standing is not None and standing.host.underlay.local != underlay.local
-        self._stand(config, backend, underlay, lease)
+        moved = standing is not None and standing.host.underlay.local != setup.underlay.local
+        self._stand(setup, lease)
         if moved:
             self._store.reconnect()
         seen = self._seen(lease)
-        gone, families = self._lost or seen is None, _families(config)
-        if gone or families != lease.families:
-            self._base = self._board.snapshot
-            keep = tuple(lease.subnet_of(f) if f in families else None for f in FAMILIES)
-            lease = self._store.acquire(
-                config,
-                LeaseRequest(identity, attrs, keep, keep=True, avoid=underlay.prefixes),  # type: ignore[arg-type]
-            )
-            if gone:
-                log.warning("lease was gone; claimed the same subnet again", lease=lease.key)
-            else:
-                log.info("lease follows the address families of the network", lease=lease.key)
-            self._lost = False
-            self._renew_at = 0.0
-            self._stand(config, backend, underlay, lease)
-        elif seen is not None and attrs != seen.attrs:
+        if self._lost or seen is None or setup.families != lease.families:
+            lease = self._claim_again(setup, lease, attrs, gone=self._lost or seen is None)
+        elif attrs != seen.attrs:
             self._base = self._board.snapshot
             lease = self._store.publish(seen, attrs)
-            log.info("published", public_ip=str(attrs.public_ip or attrs.public_ipv6), backend=backend.name)
-        elif seen is not None:
+            log.info("published", public_ip=str(attrs.public_ip or attrs.public_ipv6), backend=setup.backend.name)
+        else:
             lease = seen  # an operator may have made it a reservation, or an ordinary lease again
         self._board.lease = lease
         return lease
+
+    def _claim_again(self, setup: Setup, lease: Lease, attrs: LeaseAttrs, *, gone: bool) -> Lease:
+        """The subnets that we have, and no others: of those families that the network runs."""
+        self._base = self._board.snapshot
+        v4 = lease.subnet if 4 in setup.families else None
+        v6 = lease.ipv6_subnet if 6 in setup.families else None
+        request = LeaseRequest(setup.identity, attrs, (v4, v6), keep=True, avoid=setup.underlay.prefixes)
+        lease = self._store.acquire(setup.config, request)
+        if gone:
+            log.warning("lease was gone; claimed the same subnet again", lease=lease.key)
+        else:
+            log.info("lease follows the address families of the network", lease=lease.key)
+        self._lost = False
+        self._renew_at = 0.0
+        self._stand(setup, lease)
+        return lease
+
+    def _stand(self, setup: Setup, lease: Lease) -> None:
+        """Show the reconciler what to build; it is woken only if that is something else."""
+        new, old = self._setup.standing(setup, lease), self._board.standing
+        if old is None or old.lease.key != lease.key or replace(old, lease=lease) != new:
+            self._board.standing = new
+            self._board.wake_reconciler()
 
     def _look_at_range(self, config: NetworkConfig, lease: Lease) -> None:
         """Warn of a subnet that a changed configuration would not hand out any more. Kubernetes hands out its own."""
@@ -339,110 +264,10 @@ class LeaseKeeper:
                 raise
         return max(0.05, self._renew_at - now)
 
-    def _stand(self, config: NetworkConfig, backend: Backend, underlay: Underlay, lease: Lease) -> None:
-        subnets: dict[Family, IPNetwork] = {}
-        for family in FAMILIES:
-            subnet = lease.subnet_of(family)
-            if subnet is not None and config.network_of(family) is not None:
-                subnets[family] = subnet
-        standing = Standing(
-            backend=backend,
-            host=Host(underlay, config, subnets, self._facts),
-            lease=lease,
-            firewalls=firewalls(
-                config,
-                subnets,
-                ip_masq=self._options.ip_masq,
-                forward_rules=self._options.iptables_forward_rules,
-                random_fully=not self._options.ip_masq_fully_random_disable,
-                instance=self._options.instance,
-                others=self._board.other_networks,
-            ),
-            blackhole=self._options.ip_blackhole_route,
-            former_networks=self._former_networks(config),
-            instance=self._options.instance,
-        )
-        old = self._board.standing
-        if old is None or old.lease.key != lease.key or replace(old, lease=lease) != standing:
-            self._board.standing = standing
-            self._board.wake_reconciler()
 
-    def _learn_facts(
-        self,
-        config: NetworkConfig,
-        backend: Backend,
-        underlay: Underlay,
-        identity: NodeIdentity,
-        view: View,
-        own: Lease | None,
-    ) -> None:
-        self._facts = find_facts(backend, self._options, config, underlay, identity, view.interfaces, own)
-
-    def _attrs(self, config: NetworkConfig, backend: Backend, underlay: Underlay, identity: NodeIdentity) -> LeaseAttrs:
-        published = backend.published(Host(underlay, config, {}, self._facts))
-        return LeaseAttrs(
-            public_ip=underlay.public.get(4),  # type: ignore[arg-type]
-            public_ipv6=underlay.public.get(6),  # type: ignore[arg-type]
-            backend_type=published.backend_type,
-            backend_data=published.data,
-            backend_v6_data=published.v6_data,
-            node=identity,
-            behind_nat=underlay.public != underlay.local,
-        )
-
-    def _previous_for(self, config: NetworkConfig) -> tuple[IPv4Network | None, IPv6Network | None]:
-        """The subnets of subnet.env that lie in today's network."""
-        v4, v6 = self._previous.subnet, self._previous.ipv6_subnet
-        net4, net6 = config.network_of(4), config.network_of(6)
-        return (
-            v4 if v4 is not None and isinstance(net4, IPv4Network) and v4.subnet_of(net4) else None,
-            v6 if v6 is not None and isinstance(net6, IPv6Network) and v6.subnet_of(net6) else None,
-        )
-
-    def _former_networks(self, config: NetworkConfig) -> tuple[IPNetwork, ...]:
-        now = [network for family in FAMILIES if (network := config.network_of(family)) is not None]
-        self._networks += [network for network in now if network not in self._networks]
-        return tuple(network for network in self._networks if network not in now)
-
-    @staticmethod
-    def _fits(config: NetworkConfig, lease: Lease) -> bool:
-        for family in FAMILIES:
-            subnet, network = lease.subnet_of(family), config.network_of(family)
-            if subnet is not None and network is not None and not subnet.subnet_of(network):  # type: ignore[arg-type]
-                return False
-        return True
-
-
-def _families(config: NetworkConfig) -> tuple[Family, ...]:
-    return tuple(family for family in FAMILIES if config.network_of(family) is not None)
-
-
-def read_previous(path: Path) -> subnet_file.SubnetFile:
-    """What this node had before, from subnet.env; a file that cannot be read is as good as none."""
-    try:
-        return subnet_file.read(path) or subnet_file.SubnetFile()
-    except (ValueError, OSError) as error:
-        log.warning("the old subnet file is unusable; going on without it", problem=str(error))
-        return subnet_file.SubnetFile()
-
-
-def make_choice(options: Options, config: NetworkConfig, hints: NodeHints, current: str = "") -> Choice:
-    """What the operator asked for; the store's node-public-ip annotations come before the flags, as in flannel."""
-    public: dict[Family, IPAddress] = {}
-    if hints.public_ip is not None:
-        public[4] = hints.public_ip
-    elif options.public_ip:
-        public[4] = ip_address(options.public_ip)
-    if hints.public_ipv6 is not None:
-        public[6] = hints.public_ipv6
-    elif options.public_ipv6:
-        public[6] = ip_address(options.public_ipv6)
-    families = _families(config)
-    return Choice(
-        families=families,
-        iface=options.iface,
-        iface_regex=options.iface_regex,
-        can_reach=options.iface_can_reach,
-        public={f: a for f, a in public.items() if f in families},
-        current=current,
-    )
+def _lies_inside(config: NetworkConfig, lease: Lease) -> bool:
+    for family in lease.families:
+        network = config.network_of(family)
+        if network is not None and not lease.subnet_of(family).subnet_of(network):  # type: ignore[union-attr, arg-type]
+            return False
+    return True
