@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -127,10 +128,12 @@ def test_an_interface_with_a_default_route_of_its_own_is_used_for_peers_beyond_i
     wait_until(lambda: entry() and " via " not in entry(), 6, "the routing table's choice again")
 
 
-@pytest.mark.parametrize("iface", ["lo", "address"])
-def test_routed_hosts_have_their_address_on_loopback(make_lab: MakeLab, iface: str) -> None:
+@pytest.mark.parametrize(("kind", "iface"), [("vxlan", "lo"), ("vxlan", "address"), ("udp", "lo"), ("wireguard", "lo")])
+def test_routed_hosts_have_their_address_on_loopback(make_lab: MakeLab, kind: str, iface: str) -> None:
+    if kind == "wireguard" and shutil.which("wireguard-go") is None:
+        pytest.skip("the program wireguard-go is not installed (Debian: wireguard-go)")
     lab = make_lab(2)
-    lab.set_config()
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": kind}})
     routed = {host.name: f"10.99.0.{number}" for number, host in enumerate(lab.hosts, start=1)}
     for host in lab.hosts:
         host.run(f"ip addr add {routed[host.name]}/32 dev lo")
@@ -140,12 +143,13 @@ def test_routed_hosts_have_their_address_on_loopback(make_lab: MakeLab, iface: s
         host.start_daemon(f"--iface={'lo' if iface == 'lo' else routed[host.name]}")
     for host in lab.hosts:
         host.daemon.wait_ready()
-    lab.wait_peers()
     here, there = (host.container("c") for host in lab.hosts)
     wait_until(lambda: here.ping(there).ok, 10, "a ping")
-    packet = capture(lab.hosts[0].ns, "eth0", "udp port 8472", lambda: here.ping(there))[0]
-    assert (packet["IP"].src, packet["IP"].dst) == (routed["h1"], routed["h2"])
-    assert lab.hosts[0].daemon.subnet_env()["FLANNEL_MTU"] == "1450"
+    port = {"vxlan": 8472, "udp": 8285, "wireguard": 51820}[kind]
+    packet = capture(lab.hosts[0].ns, "eth0", f"udp port {port}", lambda: here.ping(there))[0]
+    assert {packet["IP"].src, packet["IP"].dst} == set(routed.values())
+    mtu = int(lab.hosts[0].daemon.subnet_env()["FLANNEL_MTU"])
+    assert 1400 <= mtu < 1500, "that of eth0, less what the backend adds"
 
 
 @pytest.mark.field_problem(44)

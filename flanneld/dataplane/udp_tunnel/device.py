@@ -30,6 +30,7 @@ UDP_GRO: Final = 104
 IP_MTU_DISCOVER: Final = 10
 IP_PMTUDISC_DONT: Final = 0
 IP_UNICAST_IF: Final = 50
+LOOPBACK_IFINDEX: Final = 1  # of every network namespace
 SO_SNDBUFFORCE: Final = 32
 SO_RCVBUFFORCE: Final = 33
 SO_MEMINFO: Final = 55
@@ -135,8 +136,12 @@ def open_socket(local: str, port: int, underlay: str) -> socket.socket:
 
 
 def pin_interface(udp: socket.socket, underlay: str) -> None:
-    """Send by this interface, wherever the routing table's default points. OSError if there is none of that name."""
+    """Send by this interface, wherever the routing table's default points. OSError if there is none of that name.
+
+    Nothing leaves by loopback: there the routing table decides, as for every packet with an address that stands on it.
+    """
     index = socket.if_nametoindex(underlay)
+    index = 0 if index == LOOPBACK_IFINDEX else index
     udp.setsockopt(socket.IPPROTO_IP, IP_UNICAST_IF, struct.pack("!I", index))
 
 
