@@ -23,7 +23,8 @@ def capture(
     with tempfile.TemporaryDirectory(prefix="flanneld-capture-") as directory:
         file, log = Path(directory, "packets.pcap"), Path(directory, "tcpdump.log")
         # -Z root: tcpdump would drop to a user that may not write into our directory.
-        argv = ["tcpdump", "-i", device, "-c", str(count), "-nn", "-U", "-Z", "root", "-w", str(file), expression]
+        argv = ["tcpdump", "-i", device, "-c", str(count), "-nn", "-U", "--immediate-mode", "-Z", "root"]
+        argv += ["-w", str(file), expression]
         process = namespace.start(argv, log=log)
         try:
             wait_until(lambda: "listening on" in log.read_text(), 10, lambda: f"tcpdump: {log.read_text()}")

@@ -71,11 +71,16 @@ def ping(
     dont_fragment: bool = False,
     wait: float = 1,
     source: str | None = None,
+    fill: bytes = b"",
 ) -> PingResult:
-    """Ping from a namespace. ``size`` is the payload in bytes (an IPv4 packet is 28 more); ``wait`` for each reply."""
+    """Ping from a namespace. ``size`` is the payload in bytes (an IPv4 packet is 28 more); ``wait`` for each reply.
+
+    ``fill``, of up to 16 bytes, is repeated as the payload, so that it can be looked for on the way.
+    """
     argv = ["ping", "-n", "-D", "-c", str(count), "-i", f"{interval:g}", "-s", str(size), "-W", f"{wait:g}"]
     argv += ["-M", "do"] if dont_fragment else []
     argv += ["-I", source] if source else []
+    argv += ["-p", fill.hex()] if fill else []
     return parse_ping(namespace.run([*argv, target], check=False, timeout=count * interval + wait + 10))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from ipaddress import IPv4Network
@@ -13,26 +12,10 @@ import pytest
 from backends.kernel_state import Firewall, Scope, Sysctl
 from flanneld.ctl.drift import differences, line
 from flanneld.lab.faults import peers_in_kernel
-from flanneld.lab.hosts import Host, Lab
+from flanneld.lab.hosts import Lab
 from flanneld.lab.wait import wait_until
 from flanneld.record_json import from_json
-
-
-def everything(host: Host) -> str:
-    """Links, addresses, routes, rules and firewall of a host, without what only counts or numbers."""
-    firewall = [host.run(f"{tool}-save", check=False) for tool in ("iptables", "ip6tables")]
-    text = "\n".join(
-        [
-            host.run("ip -o link"),
-            host.run("ip -o addr"),
-            host.run("ip route show table all"),
-            host.run("ip -6 route show table all"),
-            host.run("ip rule"),
-            host.run("nft list ruleset", check=False),
-            "\n".join(line for dump in firewall for line in dump.splitlines() if not line.startswith("#")),
-        ]
-    )
-    return re.sub(r"\[\d+:\d+\]|\d+: |expires \d+sec|valid_lft \w+|preferred_lft \w+", "", text)
+from tests.system.whole_host import everything, use_iptables
 
 
 def test_status_tells_people_and_programs_how_the_node_fares(lab: Lab) -> None:
@@ -124,11 +107,7 @@ def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], backend
     host = lab.hosts[0]
     host.run("ip route add 10.99.0.0/16 via 172.30.0.1")
     if not nftables:
-        # iptables leaves its built-in chains behind, empty, once anybody has used them; so they are used before.
-        for tool in ("iptables", "ip6tables"):
-            for table, chain in (("nat", "POSTROUTING"), ("filter", "FORWARD")):
-                host.run(f"{tool} -t {table} -A {chain} -j RETURN")
-                host.run(f"{tool} -t {table} -D {chain} -j RETURN")
+        use_iptables(host)
     before = everything(host)
     lab.start_daemons("--ip-masq", "--ip-blackhole-route")
     wait_until(

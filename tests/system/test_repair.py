@@ -12,7 +12,7 @@ import pytest
 
 from flanneld.lab.hosts import Host, Lab
 from flanneld.lab.wait import wait_until
-from tests.system.kernel_text import kernel_text, metric
+from tests.system.kernel_text import difference, kernel_text, metric
 
 PROMISE = 5.0
 """Seconds; what is usual stands in docs/benchmarks.md."""
@@ -79,14 +79,6 @@ def test_it_comes_back(running: Lab, what: str) -> None:
     )
     wait_until(lambda: host.daemon.ready, PROMISE, "ready again")
     wait_until(lambda: host.containers[0].ping(other.containers[0]).ok, PROMISE, "a ping between containers")
-
-
-def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> str:
-    return "; ".join(
-        f"{kind} lacks {[x for x in lines if x not in after[kind]]} has {[x for x in after[kind] if x not in lines]}"
-        for kind, lines in before.items()
-        if lines != after[kind]
-    )
 
 
 def test_a_device_of_another_kind_in_its_place_is_named_with_the_remedy(running: Lab) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +11,7 @@ from flanneld.lab.hosts import Daemon, Lab
 from flanneld.lab.netns import end
 from flanneld.lab.wait import wait_until
 from tests.system.kernel_text import kernel_text, metric
+from tests.system.loss import no_packet_lost
 
 
 @pytest.fixture
@@ -27,26 +27,13 @@ def containers(lab: Lab):
     return [host.containers[0] for host in lab.hosts]
 
 
-@contextlib.contextmanager
-def no_packet_lost(lab: Lab) -> Iterator[None]:
-    """A hundred pings a second between two containers, all of which must be answered."""
-    here, there = containers(lab)[:2]
-    with here.ping_stream(there) as stream:
-        wait_until(lambda: len(stream.replies()) >= 20, 10, "twenty replies")
-        yield
-        after = len(stream.replies())
-        wait_until(lambda: len(stream.replies()) >= after + 30, 10, "replies afterwards")
-        result = stream.stop()
-    assert result.lost == 0, f"{result.lost} of {result.sent} lost"
-
-
 @pytest.mark.field_problem(28)
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGKILL])
 def test_a_restart_loses_nothing_and_writes_nothing(running: Lab, sig: signal.Signals) -> None:
     host = running.hosts[0]
     before, subnet = kernel_text(host), host.daemon.subnet_env()
     revision = revision_of(running)
-    with no_packet_lost(running):
+    with no_packet_lost(*containers(running)[:2]):
         code = host.daemon.stop(sig)
         assert kernel_text(host) == before
         host.daemon.start()
@@ -109,7 +96,7 @@ def test_started_without_its_store_it_touches_nothing_and_heals(running: Lab) ->
 @pytest.mark.field_problem(38)
 def test_a_bad_configuration_is_told_and_the_good_one_stays_in_use(running: Lab) -> None:
     before = [kernel_text(host) for host in running.hosts]
-    with no_packet_lost(running):
+    with no_packet_lost(*containers(running)[:2]):
         running.etcd.ctl("put", "/coreos.com/network/config", '{"Network": "10.5.0.0/33"}')
         for host in running.hosts:
             wait_until(lambda host=host: "10.5.0.0/33" in reason(host.daemon, "stored_config"), 10, "the reason told")
@@ -131,7 +118,7 @@ def reason(daemon: Daemon, condition: str) -> str:
 @pytest.mark.parametrize("wipe", [False, True])
 def test_a_lost_or_wiped_store_takes_no_packet_and_is_filled_again(running: Lab, wipe: bool) -> None:
     before = [kernel_text(host) for host in running.hosts]
-    with no_packet_lost(running):
+    with no_packet_lost(*containers(running)[:2]):
         running.etcd.stop(wipe=wipe)
         daemon = running.hosts[0].daemon
         # Whoever meets it first; when both have, it is told once.
@@ -154,7 +141,7 @@ def test_its_own_lease_deleted_is_claimed_again_without_an_exit(running: Lab) ->
     host = running.hosts[0]
     before, subnet = kernel_text(host), host.daemon.subnet_env()
     key = "/coreos.com/network/subnets/" + subnet["FLANNEL_SUBNET"].replace(".1/24", ".0-24")
-    with no_packet_lost(running):
+    with no_packet_lost(*containers(running)[:2]):
         running.etcd.ctl("del", key)
         wait_until(lambda: running.etcd.ctl("get", "--keys-only", key).strip() == key, 10, "the lease back")
         host.daemon.wait_ready()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from flanneld.lab.hosts import Host, Lab
 from flanneld.lab.netns import end
 from flanneld.lab.wait import wait_until
 from tests.system.kernel_text import metric
+from tests.system.loss import no_packet_lost
 
 DUAL = {"Network": "10.5.0.0/16", "EnableIPv6": True, "IPv6Network": "fc00::/48"}
 
@@ -54,18 +54,6 @@ def reach(lab: Lab) -> None:
             wait_until(lambda h=here, a=address: h.ping(a).ok, 20, f"{host.name} → {other.name} at {address}")
 
 
-@contextlib.contextmanager
-def no_packet_lost(lab: Lab) -> Iterator[None]:
-    here, there = (host.containers[0] for host in lab.hosts[:2])
-    with here.ping_stream(there) as stream:
-        wait_until(lambda: len(stream.replies()) >= 20, 10, "twenty replies")
-        yield
-        after = len(stream.replies())
-        wait_until(lambda: len(stream.replies()) >= after + 30, 10, "replies afterwards")
-        result = stream.stop()
-    assert result.lost == 0, f"{result.lost} of {result.sent} lost"
-
-
 def wireguard_processes(host: Host) -> list[str]:
     pids = host.run(["ip", "netns", "pids", host.ns.name]).split()
     return [pid for pid in pids if "wireguard-go" in host.run(["cat", f"/proc/{pid}/comm"], check=False)]
@@ -89,7 +77,7 @@ def test_what_is_published_and_what_status_says(running: Lab) -> None:
 def test_a_killed_daemon_finds_its_tunnels_again_and_writes_nothing(running: Lab) -> None:
     host = running.hosts[0]
     pids, key = wireguard_processes(host), lease(host)["BackendData"]
-    with no_packet_lost(running):
+    with no_packet_lost(*(each.containers[0] for each in running.hosts)):
         host.daemon.stop(signal.SIGKILL)
         host.daemon.start()
         host.daemon.wait_ready()

@@ -1,0 +1,36 @@
+"""Everything that a host has of networking, to compare a host with itself from before."""
+
+from __future__ import annotations
+
+import re
+
+from flanneld.lab.hosts import Host
+
+COMMANDS = (
+    "ip -o link",
+    "ip -o addr",
+    "ip route show table all",
+    "ip -6 route show table all",
+    "ip rule",
+    "ip -6 rule",
+    "ip neigh show nud permanent",
+    "bridge fdb show",
+    "nft list ruleset",
+    "iptables-save",
+    "ip6tables-save",
+)
+
+_VOLATILE = re.compile(r"^#.*\n|\[\d+:\d+\]|\d+: |expires \d+sec|valid_lft \w+|preferred_lft \w+", re.MULTILINE)
+
+
+def everything(host: Host) -> str:
+    """Links, addresses, routes, rules, fixed neighbours and firewall, without what only counts or numbers."""
+    return _VOLATILE.sub("", "\n".join(host.run(each, check=False) for each in COMMANDS))
+
+
+def use_iptables(host: Host) -> None:
+    """iptables leaves its built-in chains behind, empty, once anybody has used them: so they are used beforehand."""
+    for tool in ("iptables", "ip6tables"):
+        for table, chain in (("nat", "POSTROUTING"), ("filter", "FORWARD")):
+            host.run(f"{tool} -t {table} -A {chain} -j RETURN")
+            host.run(f"{tool} -t {table} -D {chain} -j RETURN")
