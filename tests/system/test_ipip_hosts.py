@@ -8,16 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from flanneld.lab.hosts import Lab
-from flanneld.lab.netns import Namespace
 from flanneld.lab.wait import wait_until
+from tests.system.backend_cases import kernel_has_ipip
 
 
 @pytest.fixture(autouse=True)
 def some_ipip(make_lab: Callable[..., Lab]) -> None:
-    with Namespace("ipip") as probe:
-        probe.run("ip link add probe type ipip local 127.0.0.1", check=False)
-        if "probe" not in probe.run("ip -brief link"):
-            pytest.skip(f"this kernel ({os.uname().release}) has no module ipip")
+    if not kernel_has_ipip():
+        pytest.skip(f"this kernel ({os.uname().release}) has no module ipip")
 
 
 @pytest.mark.parametrize("direct", [False, True])
