@@ -123,13 +123,14 @@ class Running:
 
 
 @contextlib.contextmanager
-def running_case(name: str) -> Iterator[Running]:
+def running_case(name: str, *, iptables_in_use: bool = False) -> Iterator[Running]:
+    """Bring a case up; with ``iptables_in_use``, somebody has used iptables on the first host before."""
     case = CASES[name]
     if case.type == "ipip" and not kernel_has_ipip():
         pytest.skip(f"this kernel ({os.uname().release}) has no module ipip")
     with Lab(2, underlay6=UNDERLAY6) as lab:
         lab.set_config(case.config)
-        if not case.nftables:
+        if iptables_in_use and not case.nftables:
             use_iptables(lab.hosts[0])
         untouched = everything(lab.hosts[0])
         lab.start_daemons("--ip-masq")

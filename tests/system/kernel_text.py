@@ -9,6 +9,7 @@ from flanneld.lab.hosts import Host
 COMMANDS = {
     "link": "ip -d link show dev {dev}",
     "address": "ip -o addr show dev {dev}",
+    "sysctl": "sysctl net/ipv6/conf/{dev}/accept_ra",
     "routes": "ip route show",
     "routes6": "ip -6 route show",
     "neighbours": "ip neigh show dev {dev} nud permanent",
@@ -22,11 +23,14 @@ _ORDERED = {"iptables", "ip6tables"}
 _VOLATILE = (
     (re.compile(r"\[\d+:\d+\]"), "[]"),
     (re.compile(r"^#.*$", re.MULTILINE), ""),
-    (re.compile(r"^\d+: "), ""),
+    (re.compile(r"^\d+: ", re.MULTILINE), ""),
     (re.compile(r"\bqlen \d+|promiscuity \d+|allmulti \d+"), ""),
     (re.compile(r"packets \d+ bytes \d+"), ""),
     (re.compile(r"^.*inet6 fe80:.*$", re.MULTILINE), ""),
+    # What a TUN device is called before it has ever lost its carrier, and after.
+    (re.compile(r"\bstate (UP|UNKNOWN)\b"), "state UP"),
 )
+_OF_IPTABLES = re.compile(r"table ip6? (filter|mangle|nat|raw|security) ")
 
 
 def kernel_text(host: Host, *devs: str, only: tuple[str, ...] = tuple(COMMANDS)) -> dict[str, list[str]]:
@@ -47,13 +51,16 @@ def _lines(text: str) -> list[str]:
 
 
 def _by_table(lines: list[str]) -> list[str]:
-    """Within a table the order counts; tables stand in the order in which they were made."""
+    """Within a table the order counts; tables stand in the order in which they were made.
+
+    Those of iptables are left out: iptables-save has them, and how nft(8) shows them depends on their order.
+    """
     tables: list[list[str]] = []
     for line in lines:
         if line.startswith("table ") or not tables:
             tables.append([])
         tables[-1].append(line)
-    return [line for table in sorted(tables) for line in table]
+    return [line for table in sorted(tables) if not _OF_IPTABLES.match(table[0]) for line in table]
 
 
 def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> str:

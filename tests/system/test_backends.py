@@ -30,7 +30,7 @@ from tests.system.whole_host import everything
 @pytest.fixture(scope="module", params=params())
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     """Two hosts that run one case, shared by the tests of it: each leaves them as they were."""
-    with running_case(request.param) as running:
+    with running_case(request.param, iptables_in_use=True) as running:
         yield running
 
 
