@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from flanneld.lab.hosts import Host
 
@@ -23,9 +24,9 @@ COMMANDS = (
 _VOLATILE = re.compile(r"^#.*\n|\[\d+:\d+\]|\d+: |expires \d+sec|valid_lft \w+|preferred_lft \w+", re.MULTILINE)
 
 
-def everything(host: Host) -> str:
+def everything(host: Host, commands: Iterable[str] = COMMANDS) -> str:
     """Links, addresses, routes, rules, fixed neighbours and firewall, without what only counts or numbers."""
-    return _VOLATILE.sub("", "\n".join(host.run(each, check=False) for each in COMMANDS))
+    return _VOLATILE.sub("", "\n".join(host.run(each, check=False) for each in commands))
 
 
 def use_iptables(host: Host) -> None:
