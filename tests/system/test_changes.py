@@ -9,8 +9,8 @@ import pytest
 
 from flanneld.lab.hosts import Host, Lab
 from flanneld.lab.wait import wait_until
-from tests.system.kernel_text import kernel_text
 from tests.system.backend_cases import needs_wireguard
+from tests.system.kernel_text import kernel_text
 
 SOON = 5.0
 LATER = 10.0
