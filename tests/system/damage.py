@@ -61,6 +61,10 @@ PEERS = {
 NEIGHBOURS = "ip neigh show dev {dev} nud permanent | awk '{{print $1; exit}}'"
 MACS = "bridge fdb show dev {dev} | awk '/ dst / {{print $1; exit}}'"
 
+BLACKHOLE = {
+    "the blackhole removed": "ip -{family} route del blackhole {network} proto 241 metric 4096",
+}
+
 IPTABLES = {
     "the rules flushed": "{iptables} -t nat -F FLANNEL-POSTRTG; {iptables} -F FLANNEL-FWD",
     "the chain unhooked": "{iptables} -D FORWARD -m comment --comment 'flanneld forward' -j FLANNEL-FWD",
@@ -97,6 +101,8 @@ def _commands(case: Case) -> Iterator[tuple[str, str]]:
         tables.append({name: text for name, text in DEVICE.items() if not (case.direct and name in _NO_ROUTES)})
     if case.direct:
         tables.append(DIRECT)
+    if case.type == "wireguard":
+        tables.append(BLACKHOLE)
     if case.type == "vxlan":
         tables.append(VTEP)
         if not case.direct:
@@ -113,6 +119,7 @@ def _words(case: Case, family: int) -> dict[str, str]:
     words = {
         "family": str(family),
         "dev": case.devices.get(family, ""),
+        "network": case.network["Network" if family == 4 else "IPv6Network"],
         "gateway": GATEWAYS[family],
         "iptables": "iptables" if family == 4 else "ip6tables",
         "table": "ip flannel-ipv4" if family == 4 else "ip6 flannel-ipv6",

@@ -15,7 +15,7 @@ NUMBER = 11
 """The first host's, on the underlay."""
 
 
-@pytest.fixture(scope="module", params=params(("vxlan", "vxlan v6", "host-gw", "udp", "wireguard")))
+@pytest.fixture(scope="module", params=params(("vxlan", "vxlan v6", "host-gw", "udp", "wireguard", "wireguard dual")))
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     """Two hosts that run one case, shared by the tests of it: each leaves them as they were."""
     with running_case(request.param) as running:
