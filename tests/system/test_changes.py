@@ -235,7 +235,7 @@ def test_an_address_family_is_turned_on_and_off_and_the_other_one_stays(make_lab
     lab.set_config(v4)
     wait_until(lambda: kernel_text(host, only=KERNEL) == before, SOON, "all of IPv6 gone")
     assert [host.daemon.subnet_env()["FLANNEL_SUBNET"] for host in lab.hosts] == subnets
-    assert "FLANNEL_IPV6_SUBNET" not in host.daemon.subnet_env()
+    wait_until(lambda: "FLANNEL_IPV6_SUBNET" not in host.daemon.subnet_env(), SOON, "subnet.env")
     keys = lab.etcd.ctl("get", "--prefix", "--keys-only", "/coreos.com/network/subnets/").split()
     assert len(keys) == 2 and not any("&" in key for key in keys)
     assert not [line for line in host.daemon.output().splitlines() if '"level": "warning"' in line]
