@@ -20,6 +20,7 @@ from typing import Protocol
 from backends.kernel_state import (
     Change,
     Failure,
+    Interface,
     KernelState,
     Key,
     Kind,
@@ -93,6 +94,8 @@ class _Progress:
     retry_in: float = 0.0
     next_resync: float = 0.0
     again_at: float | None = None
+    interfaces: tuple[Interface, ...] = ()
+    """As last seen."""
     repair_streak: int = 0
     settled: bool = False
     """Whether the desired state has been true once: from then on, unasked changes are repairs."""
@@ -218,8 +221,9 @@ class Reconciler:
         if progress.dirty is None or observed.changed is None or wanted.changed is None:
             return None
         keys = progress.dirty | observed.changed | wanted.changed
-        # A device that came or went is often why something failed a moment ago.
-        if now >= progress.retry_at or any(key[0] == Kind.LINK for key in keys):
+        # A device that came or went, be it a stranger's, is often why something failed a moment ago.
+        moved, progress.interfaces = observed.interfaces is not progress.interfaces, observed.interfaces
+        if now >= progress.retry_at or moved or any(key[0] == Kind.LINK for key in keys):
             keys |= progress.failed
         return keys
 

@@ -32,13 +32,14 @@ from flanneld.dataplane.wireguard_userspace import Userspace
 STALE_SECONDS: Final = 180
 """REJECT_AFTER_TIME of WireGuard: a session older than this carries nothing any more."""
 
-LOOK_SECONDS: Final = 10
-"""How often devices are read while there are any; less often where reading takes long (LOOK_SHARE)."""
+LOOK_SECONDS: Final = 4
+"""How often devices are read while there are any, so that what somebody alters is put back within five seconds; less
+often where reading takes long (LOOK_SHARE)."""
 
 LOOK_LIMIT: Final = 60
 """Never less often than this, in seconds."""
 
-LOOK_SHARE: Final = 0.003
+LOOK_SHARE: Final = 0.005
 """The part of one core that looking may take."""
 
 

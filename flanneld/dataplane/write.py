@@ -292,11 +292,13 @@ class Writer:
         return ""
 
     def _rival(self, name: str, settings: Vxlan) -> str | None:
-        """Another vxlan device with the same VNI."""
+        """Another vxlan device with the same VNI. One of the other address family is in nobody's way."""
         table = self._view.interfaces
         for raw in table.links.values():
             other = link_wire.settings_of(raw, table.names.get)
-            if raw.name != name and isinstance(other, Vxlan) and other.vni == settings.vni:
+            if raw.name == name or not isinstance(other, Vxlan) or other.vni != settings.vni:
+                continue
+            if not other.local or (":" in other.local) == (":" in settings.local):
                 return f"Device {raw.name}"
         return None
 

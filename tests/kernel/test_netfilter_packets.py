@@ -279,7 +279,7 @@ def test_replacing_rules_and_switching_modes_loses_no_packet(town, flavour):
         turn = 0
         while not ping.done():
             turn += 1
-            host.converge(wanted(mode, keep=f"192.0.{turn}.0/24"))
+            host.converge(wanted(mode, keep=f"192.0.{turn % 256}.0/24"))
             if mode == "nftables":
                 host.converge(wanted("iptables"))
                 host.converge(wanted("nftables"))

@@ -180,6 +180,16 @@ def test_a_vni_in_use_names_the_other_device(host: Host) -> None:
     assert all(DEV in f.message for f in others)
 
 
+def test_a_device_of_ours_that_was_renamed_is_named_and_not_the_other_familys(host: Host) -> None:
+    same = replace(LINK6, settings=replace(LINK6.settings, vni=1))
+    assert host.put(LINK, same) == []
+    host.ip(f"link set {DEV} down")
+    host.ip(f"link set {DEV} name renamed0")
+    host.observe()
+    (failure,) = host.put(LINK)
+    assert "Device renamed0" in failure.message and same.name not in failure.message
+
+
 def test_a_port_in_use_by_a_program_is_said(host: Host) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
         program.bind(("0.0.0.0", 8472))

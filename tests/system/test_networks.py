@@ -61,7 +61,7 @@ def test_a_node_gets_the_subnet_that_is_reserved_for_its_name(make_lab: MakeLab)
     lab.wait_peers()
     assert host.daemon.subnet_env()["FLANNEL_SUBNET"] == "10.5.77.1/24"
     assert lab.hosts[1].daemon.subnet_env()["FLANNEL_SUBNET"] != "10.5.77.1/24"
-    lease = json.loads(host.ctl("leases", "--json").stdout)[-1]
+    (lease,) = [lease for lease in json.loads(host.ctl("leases", "--json").stdout) if lease["node"] == "h1"]
     assert (lease["subnet"], lease["node"], lease["public_ip"]) == ("10.5.77.0/24", "h1", host.address)
     assert (lease["reservation"], lease["expires_in"]) == (True, None)
     assert json.loads(host.ctl("status", "--json").stdout)["reservation"] is True

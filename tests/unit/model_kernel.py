@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
-from backends.kernel_state import Change, Failure, FdbEntry, Key, Link, Neighbour, Observation, Record, Route, Scope
+from backends.kernel_state import (
+    Change,
+    Failure,
+    FdbEntry,
+    Interface,
+    Key,
+    Link,
+    Neighbour,
+    Observation,
+    Record,
+    Route,
+    Scope,
+)
 
 
 @dataclass
@@ -21,10 +33,11 @@ class ModelKernel:
     changed: set[Key] | None = None
     writes: list[Change] = field(default_factory=list)
     woken: int = 0
+    interfaces: tuple[Interface, ...] = ()
 
     def observe(self, scope: Scope) -> Observation:
         changed, self.changed = self.changed, set()
-        return Observation(dict(self.records), None if changed is None else frozenset(changed), ())
+        return Observation(dict(self.records), None if changed is None else frozenset(changed), self.interfaces)
 
     def apply(self, changes: Sequence[Change]) -> list[Failure]:
         failures = []

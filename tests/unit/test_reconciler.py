@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backends.kernel_state import FdbEntry, Kind, Neighbour, Route, Scope, state_of
+from backends.kernel_state import FdbEntry, Interface, Kind, Neighbour, Route, Scope, state_of
 from flanneld.reconciler import PassResult, Reconciler, Wanted
 from tests.unit.model_kernel import ModelKernel
 from tests.unit.test_plan import DEV, LINK, peer
@@ -121,6 +121,17 @@ def test_a_device_that_comes_back_ends_the_wait():
     world.kernel.interfere(LINK.key, None)
     assert not world.run().complete, "what was written to a device is looked at once more"
     assert world.run().complete
+    assert world.kernel.where("10.1.1.5") == "192.0.2.11"
+
+
+def test_a_strangers_device_that_goes_ends_the_wait():
+    world = settled()
+    world.kernel.refuse = {(Kind.FDB, DEV, "02:00:00:00:01:01")}
+    world.want(*peer(1, 1, 11))
+    world.run()
+    world.kernel.refuse = set()
+    world.kernel.interfaces = (Interface("rival0", 9, mtu=1500, up=True),)
+    assert world.run().changes
     assert world.kernel.where("10.1.1.5") == "192.0.2.11"
 
 
