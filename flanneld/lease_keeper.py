@@ -133,6 +133,7 @@ class LeaseKeeper:
         elif not self._lost:
             try:
                 self._renew(lease)
+                self._health.set("lease", None)
             except StoreError as error:
                 self._fail_lease(error)
 
@@ -188,6 +189,8 @@ class LeaseKeeper:
         self._stand(setup, lease)
         if moved:
             self._store.reconnect()
+        if setup.problem is not None:
+            raise setup.problem
         seen = self._seen(lease)
         if self._lost or seen is None or setup.families != lease.families:
             lease = self._claim_again(setup, lease, attrs, gone=self._lost or seen is None)

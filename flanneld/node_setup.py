@@ -26,7 +26,7 @@ from flanneld.underlay import Choice, View, choose_underlay
 from subnet_lease import subnet_file
 from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease, LeaseAttrs, NodeHints, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
-from subnet_lease.store import LeaseStore
+from subnet_lease.store import LeaseStore, StoreError
 
 log = structlog.get_logger("flanneld")
 
@@ -40,6 +40,8 @@ class Setup:
     underlay: Underlay
     identity: NodeIdentity
     view: View
+    problem: StoreError | None = None
+    """Why something is not as new as it should be; to be told once what there is has been followed."""
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -77,6 +79,8 @@ class NodeSetup:
         self._config: NetworkConfig | None = None
         self._hints: NodeHints | None = None
         self._made: _MadeBackend | None = None
+        self._reread = True
+        """At the start and after ``reload``: ask the store itself, until it has answered."""
         self._choose_anew = False
         """After ``reload``: look at the default route as at a start."""
         self._previous = read_previous(Path(options.subnet_file))
@@ -86,39 +90,45 @@ class NodeSetup:
 
     def reload(self) -> None:
         """Read everything again at the next ``follow``."""
-        self._choose_anew = True
-        self._config = self._hints = None
+        self._choose_anew = self._reread = True
 
     def follow(self, view: View) -> Setup:
         """What this node is now. Raises what the module's docstring says."""
-        config = self._follow_config()
-        underlay = self._choose_underlay(view, config)
+        problem = self._follow_store()
+        assert self._config is not None and self._hints is not None
+        config = self._config
+        underlay = self._choose_underlay(view, config, self._hints)
         self._health.set("underlay", None)
         backend = self._follow_backend(config)
         # Raises where nothing would fit into the underlay's packets.
         backend.mtu(underlay, families_of(config))
         identity = node_identity(self._options.node_name, view.interfaces, underlay)
-        return Setup(config, backend, underlay, identity, view)
+        return Setup(config, backend, underlay, identity, view, problem)
 
-    def _follow_config(self) -> NetworkConfig:
-        """The newest valid configuration; the first is read directly, later ones come with the snapshots."""
-        snapshot = self._board.snapshot
-        if self._config is None:
-            self._config = self._store.read_config()
-        elif snapshot is not None and snapshot.config != self._config:
-            log.info("network configuration changed")
-            self._config = snapshot.config
-        return self._config
+    def _follow_store(self) -> StoreError | None:
+        """The newest configuration and hints: at first and after ``reload`` read directly, else from the snapshots.
 
-    def _choose_underlay(self, view: View, config: NetworkConfig) -> Underlay:
+        A store that cannot be asked is raised where nothing is known yet; later what is known goes on.
+        """
         snapshot = self._board.snapshot
-        if self._hints is None:
-            self._hints = self._store.hints()
+        if self._reread:
+            try:
+                self._config, self._hints = self._store.read_config(), self._store.hints()
+            except StoreError as error:
+                if self._config is None:
+                    raise
+                return error
+            self._reread = False
         elif snapshot is not None:
-            self._hints = snapshot.hints
+            if snapshot.config != self._config:
+                log.info("network configuration changed")
+            self._config, self._hints = snapshot.config, snapshot.hints
+        return None
+
+    def _choose_underlay(self, view: View, config: NetworkConfig, hints: NodeHints) -> Underlay:
         standing = self._board.standing
         current = standing.host.underlay.name if standing is not None and not self._choose_anew else ""
-        underlay = choose_underlay(view, make_choice(self._options, config, self._hints, current))
+        underlay = choose_underlay(view, make_choice(self._options, config, hints, current))
         self._choose_anew = False
         return underlay
 

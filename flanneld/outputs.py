@@ -37,7 +37,7 @@ class Outputs:
 
     def data_path_stands(self, standing: Standing) -> None:
         """Write subnet.env, once the kernel has what it promises (from the reconciler's thread, at every look)."""
-        if standing is self._written and self._marks == self._look():
+        if standing is self._written and self._status_problem is None and self._marks == self._look():
             return
         self._subnet_problem = self._write_subnet_file(standing)
         self._judge()
@@ -47,8 +47,9 @@ class Outputs:
             self._marks = self._look()
 
     def _look(self) -> tuple[object, ...]:
-        """What tells that our files are still those that we wrote. The status file's content is nobody's but ours."""
-        return _mark(self._subnet_file), self._status_file.exists()
+        """What tells that our files are still those that we wrote, and say what is so."""
+        lease = self._board.lease
+        return _mark(self._subnet_file), self._status_file.exists(), lease is not None and lease.reservation
 
     def _write_subnet_file(self, standing: Standing) -> str | None:
         """What went wrong, None if nothing."""

@@ -63,6 +63,8 @@ class Intervals:
     retry_limit: float = 5.0
     tick: float = 5.0
     resync: float = 300.0
+    strangers: float = 1.0
+    """Between a failure and a try because another device came or went."""
     fight: float = 0.25
     """Pause after a pass of nothing but repairs, if the passes before it were the same: somebody writes against us."""
 
@@ -197,15 +199,19 @@ class Reconciler:
         progress.failed = unfinished | (progress.failed - (keys if keys is not None else progress.failed))
         # What was written is looked at once more: the kernel, or a tool, may have understood it otherwise. Entries by
         # the thousand are left out: each has its acknowledgement, and what they became is told by the monitor.
-        progress.dirty = {c.record.key for c in changes if c.record.kind not in BULK} - unfinished
+        before, progress.dirty = (
+            progress.dirty,
+            {c.record.key for c in changes if c.record.kind not in BULK} - unfinished,
+        )
         if progress.dirty:
             self._dataplane.wake()
         done = tuple(c for c in changes if c.record.key not in unfinished) if unfinished else tuple(changes)
         repairs: tuple[Change, ...] = ()
         if progress.settled and wanted.changed is not None:
             repairs = tuple(c for c in done if c.record.key not in wanted.changed)
-        complete = not progress.failed and not progress.dirty
-        progress.settled = progress.settled or complete
+        # Unless it is written pass after pass, against somebody or something: that must not keep the node from its work.
+        complete = not progress.failed and not progress.dirty - (before or set())
+        progress.settled = progress.settled or not progress.failed
         return PassResult(
             changes=done,
             repairs=repairs,
@@ -218,11 +224,13 @@ class Reconciler:
     def _keys(self, observed: Observation, wanted: Wanted, now: float) -> set[Key] | None:
         """The keys to compare, None for all."""
         progress = self._progress
+        moved, progress.interfaces = observed.interfaces is not progress.interfaces, observed.interfaces
         if progress.dirty is None or observed.changed is None or wanted.changed is None:
             return None
         keys = progress.dirty | observed.changed | wanted.changed
-        # A device that came or went, be it a stranger's, is often why something failed a moment ago.
-        moved, progress.interfaces = observed.interfaces is not progress.interfaces, observed.interfaces
+        # A device that came or went is often why something failed a moment ago. A stranger's, too, but those of
+        # containers come and go all the time.
+        moved = moved and now >= progress.retry_at - progress.retry_in + self._intervals.strangers
         if now >= progress.retry_at or moved or any(key[0] == Kind.LINK for key in keys):
             keys |= progress.failed
         return keys

@@ -27,7 +27,7 @@ from subnet_lease.etcd_keys import LeaseKeys
 from subnet_lease.etcd_leases import LEASE_TTL, Grant, SignOfLife, keep_alive, revoke
 from subnet_lease.etcd_table import EtcdStatus, LeaseReader
 from subnet_lease.etcd_watch import SnapshotWatch
-from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints, subnet_key
 from subnet_lease.lease_wire import encode_attrs
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
 from subnet_lease.store import (
@@ -235,15 +235,14 @@ class EtcdStore:
             subnets = allocation.choose(config, others, request, self._random.randrange, own)
         except OutOfSubnets as error:
             raise OutOfSubnets(f"{error}{self._silent(others)}") from None
-        permanent = False
-        if own is not None and allocation.overlapping([own], subnets):
-            # Ours, but of another shape: it makes room for the new one. A reservation stays one.
-            self._keys.delete(own)
-            permanent = own.reservation
+        # Ours, but of another shape: it makes room for the new one, in one step. A reservation stays one.
+        changed = own is not None and own.key != subnet_key(*subnets) and allocation.overlapping([own], subnets)
+        shape = own if changed else None
+        permanent = shape is not None and shape.reservation
         alone = allocation.key_tells_all(config, leases)
-        created = self._keys.create(subnets, attrs, 0 if permanent else grant.id, alone=alone)
+        created = self._keys.create(subnets, attrs, 0 if permanent else grant.id, alone=alone, instead_of=shape)
         grant.used = created is not None and not permanent
-        if created is None or own is None:
+        if created is None or own is None or shape is not None:
             return created
         if not own.reservation:
             if not request.keep:
@@ -251,7 +250,7 @@ class EtcdStore:
                     "this node's lease lay outside the network; it has another one now", old=own.key, new=created.key
                 )
             self._keys.delete(own)
-        elif not request.keep and not allocation.overlapping([own], subnets):
+        elif not request.keep:
             log.warning(
                 "the subnet reserved for this node lies outside the network; it has another one. Correct the network"
                 " (flannelctl config set) or the reservation (flannelctl release, then reserve)",

@@ -41,36 +41,67 @@ class LeaseKeys:
             return self._decode(kv.key, kv.value, kv.mod_revision, kv.lease)
         return None
 
-    def create(self, subnets: allocation.Subnets, attrs: LeaseAttrs, lease_id: int, *, alone: bool) -> Lease | None:
+    def create(
+        self,
+        subnets: allocation.Subnets,
+        attrs: LeaseAttrs,
+        lease_id: int,
+        *,
+        alone: bool,
+        instead_of: Lease | None = None,
+    ) -> Lease | None:
         """Create the key if nobody has; None if somebody was faster. Without an etcd lease (0) it is a reservation.
 
         ``alone``: no other key can overlap this one. Else older leases are looked at, and the youngest gives way.
+        ``instead_of`` is our own lease, which goes in the same transaction, and comes back if this one gives way.
         """
         name = subnet_key(*subnets)
         key, value = self._subnets + name, encode_attrs(attrs)
 
         def create(client: Any) -> Any:
             t = client.transactions
-            everything = t.get(self._subnets, _end(self._subnets))
-            return client.transaction(
-                compare=[t.version(key) == 0],
-                success=[t.put(key, value, lease_id or None), t.get(key) if alone else everything],
-                failure=[t.get(key)],
-            )
+            look = t.get(key) if alone else t.get(self._subnets, _end(self._subnets))
+            compare, success = [t.version(key) == 0], [t.put(key, value, lease_id or None), look]
+            if instead_of is not None:
+                compare.append(t.mod(self._subnets + instead_of.key) == instead_of.revision)
+                success.insert(0, t.delete(self._subnets + instead_of.key))
+            return client.transaction(compare=compare, success=success, failure=[look])
 
-        done, answers = self._connection.call("create a lease", create)
-        if not done:
-            # Ours after all, if the first try was carried out and only its answer got lost.
-            mine = [m.mod_revision for v, m in answers[-1] if v == value.encode() and m.lease_id == lease_id]
-            if not mine:
-                return None
-            return Lease(*subnets, attrs, revision=mine[0], reservation=not lease_id, store_ref=lease_id)
-        found = [self._decode(meta.key, data, meta.mod_revision, meta.lease_id) for data, meta in answers[-1]]
-        created = next(lease for lease in found if lease is not None and lease.key == name)
-        if allocation.overlapping([lease for lease in found if lease is not None and lease.key != name], subnets):
-            self.delete(created)
+        _, answers = self._connection.call("create a lease", create)
+        made: dict[str, int] = {}
+        created: Lease | None = None
+        others: list[Lease] = []
+        for data, meta in answers[-1]:
+            lease = self._decode(meta.key, data, meta.mod_revision, meta.lease_id)
+            if lease is None:
+                continue
+            made[lease.key] = meta.create_revision
+            if lease.key != name:
+                others.append(lease)
+            elif data == value.encode() and meta.lease_id == lease_id:
+                # Also when the comparison failed: the first try may have been carried out and only its answer got lost.
+                created = lease
+        if created is None:
+            return None
+        older = [lease for lease in others if made[lease.key] < made[name]]
+        if allocation.overlapping(older, subnets):
+            self._give_way(created, instead_of)
             return None
         return replace(created, attrs=attrs)
+
+    def _give_way(self, created: Lease, instead_of: Lease | None) -> None:
+        """Delete what was just created, and put back what it replaced."""
+        key = self._subnets + created.key
+
+        def undo(client: Any) -> Any:
+            t = client.transactions
+            success = [t.delete(key)]
+            if instead_of is not None:
+                before = encode_attrs(instead_of.attrs)
+                success.append(t.put(self._subnets + instead_of.key, before, instead_of.store_ref or None))
+            return client.transaction(compare=[t.mod(key) == created.revision], success=success, failure=[])
+
+        self._connection.call("give way to an older lease", undo)
 
     def rewrite(self, lease: Lease, attrs: LeaseAttrs) -> Lease | None:
         """Write new attributes if the key is still the revision that we read; None if it is not."""

@@ -50,7 +50,8 @@ from subnet_lease.store import (
 DEFAULT_NET_CONFIG: Final = "/etc/kube-flannel/net-conf.json"
 
 CHECK: Final = 30.0
-"""What ``renew`` answers, in seconds: it looks at what the watch has seen, without a call to the API."""
+"""What ``renew`` answers, in seconds: it looks at what the watch has seen, and asks the API only for a node that has
+published our address, too."""
 
 _LOOK: Final = 1.0
 """Seconds between looks at the configuration file, which costs one stat."""
@@ -111,7 +112,8 @@ class KubeStore:
     def hints(self) -> NodeHints:
         node = self._own.read()
         try:
-            return NodeHints(*public_address_hint(self._keys, node.annotations))
+            self._last_hints = NodeHints(*public_address_hint(self._keys, node.annotations))
+            return self._last_hints
         except BadNode as error:
             raise self._own.invalid(f"{error}; mend or remove it: kubectl annotate node {node.metadata.name}") from None
 
@@ -232,9 +234,10 @@ class KubeStore:
             nodes.close()
 
     def _hinted(self, own: Node | None) -> NodeHints:
-        """What the annotations say now; while they cannot be read, what they said before."""
-        with suppress(BadNode):
-            self._last_hints = NodeHints(*public_address_hint(self._keys, own.annotations if own else {}))
+        """What the annotations say now; while they cannot be read, or are gone with our node, what they said before."""
+        if own is not None:
+            with suppress(BadNode):
+                self._last_hints = NodeHints(*public_address_hint(self._keys, own.annotations))
         return self._last_hints
 
     def _look_after(self, own: Node | None) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from flanneld.lab.wait import wait_until
+from subnet_lease import allocation
 from subnet_lease.lease import Lease
 from subnet_lease.store import AddressInUse, ConfigInvalid, ConfigMissing, LeaseLost, OutOfSubnets, SubnetTaken
 from tests.store.conftest import Network, request_of
@@ -199,6 +201,42 @@ def test_a_reservation_stays_one_when_an_address_family_is_turned_on(network: Ne
     assert network.keys() == [lease.key]
     assert '"lease"' not in network.etcd.ctl("get", "-w=json", network.key(lease.key))
     assert store.renew(lease) > 0
+
+
+DUAL = '{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fc00:5::/48"}'
+
+
+@pytest.mark.field_problem(13)
+def test_a_lease_that_changes_its_shape_is_at_no_moment_away(network: Network) -> None:
+    store = network.store()
+    v4 = store.acquire(store.read_config(), request_of("a", "192.168.64.3"))
+    follower = network.follow(network.store())
+    wait_until(lambda: follower.keys == {v4.key})
+    network.configure(DUAL)
+    both = store.acquire(store.read_config(), request_of("a", "192.168.64.3", previous=(v4.subnet, None), keep=True))
+    assert both.subnet == v4.subnet and both.ipv6_subnet is not None
+    wait_until(lambda: follower.keys == {both.key})
+    assert all(len(snapshot.leases) == 1 for snapshot in follower.snapshots)
+    assert network.keys() == [both.key]
+
+
+@pytest.mark.field_problem(12)
+def test_a_lease_that_must_give_way_while_it_changes_its_shape_stays_as_it_was(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network.etcd.ctl("put", network.key("10.5.52.0-24"), FLANNELD % "192.168.64.3")  # a reservation
+    network.configure(DUAL)
+    rival = join(network, "b", "192.168.64.4")
+    chosen = [(IPv4Network("10.5.52.0/24"), rival.ipv6_subnet)]
+    choose = allocation.choose
+
+    def first_what_another_has(*arguments: Any) -> allocation.Subnets:
+        return chosen.pop() if chosen else choose(*arguments)
+
+    monkeypatch.setattr(allocation, "choose", first_what_another_has)
+    lease = join(network, "a", "192.168.64.3")
+    assert not chosen and lease.subnet == IPv4Network("10.5.52.0/24") and lease.reservation
+    assert network.keys() == sorted([lease.key, rival.key])
 
 
 @pytest.mark.field_problem(39)

@@ -167,6 +167,34 @@ def test_a_hangup_connects_anew_once_so_that_certificates_are_read_again(node: N
     assert node.store.connections == 2
 
 
+@pytest.mark.field_problem(22)
+@pytest.mark.parametrize("away", [True, False])
+def test_after_a_hangup_that_could_not_be_served_the_interface_is_followed_all_the_same(node: Node, away: bool) -> None:
+    node.board.reload = True
+    node.board.view = view(address="192.168.9.77")
+    if away:
+        node.store.broken = StoreUnavailable("etcd is away")
+    else:
+        node.store.config = "{"
+    assert not node.step()
+    assert node.health.reason("lease" if away else "config")
+    assert node.board.standing is not None
+    assert node.board.standing.host.underlay.local[4] == IPv4Address("192.168.9.77")
+    node.store.broken, node.store.config = None, NETWORK
+    node.store.publish = lambda lease, attrs: replace(lease, attrs=attrs)  # type: ignore[method-assign]
+    assert node.step() and node.health.reason("lease") is None
+
+
+def test_an_outage_that_is_over_is_not_told_for_as_long_as_something_else_is_wrong(node: Node) -> None:
+    spoil_backend(node)
+    node.store.broken = StoreUnavailable("etcd is away")
+    assert not node.step()
+    assert "away" in (node.health.reason("lease") or "")
+    node.store.broken = None
+    assert not node.step()
+    assert node.health.reason("lease") is None and node.health.reason("config")
+
+
 def test_a_lease_lost_meanwhile_is_told(node: Node) -> None:
     spoil_backend(node)
     node.store.broken = LeaseLost("lease 10.5.7.0-24 is another node's now")

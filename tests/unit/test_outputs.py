@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable
@@ -109,6 +110,22 @@ def test_a_status_file_that_cannot_be_written_is_a_reason_that_ends_with_its_cau
     assert in_time(lambda: node.health.set("store", None))
     assert node.health.ready
     assert path.is_file()
+
+
+def test_a_write_of_the_status_file_that_failed_once_is_tried_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr("flanneld.outputs.write_status_file", full_disk)
+        node.health.set("store", "gone")
+        node.health.set("store", None)
+        assert "No space left" in (node.health.reason("subnet_file") or "")
+    node.look()
+    assert node.health.ready
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_subnet_file_that_cannot_be_written_is_a_reason_until_it_can(node: Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from backends.kernel_state import FdbEntry, Interface, Kind, Neighbour, Route, Scope, state_of
 from flanneld.reconciler import PassResult, Reconciler, Wanted
 from tests.unit.model_kernel import ModelKernel
@@ -130,9 +132,30 @@ def test_a_strangers_device_that_goes_ends_the_wait():
     world.want(*peer(1, 1, 11))
     world.run()
     world.kernel.refuse = set()
+    world.now += 0.05
+    world.kernel.interfaces = (Interface("veth0", 8, mtu=1500, up=True),)
+    assert not world.run().changes, "a moment ago it failed"
+    world.reconciler._progress.retry_at, world.reconciler._progress.retry_in = world.now + 5, 5.0
+    world.now += 1.5
     world.kernel.interfaces = (Interface("rival0", 9, mtu=1500, up=True),)
     assert world.run().changes
     assert world.kernel.where("10.1.1.5") == "192.0.2.11"
+
+
+def test_what_never_reads_back_as_written_is_a_fight_and_keeps_nobody_from_being_ready():
+    world = World()
+    apply = world.kernel.apply
+
+    def otherwise(changes):
+        failures = apply(changes)
+        world.kernel.interfere(LINK.key, replace(LINK, mtu=LINK.mtu - 1))
+        return failures
+
+    world.kernel.apply = otherwise
+    assert not world.run().complete, "the second look comes first"
+    results = [world.run() for _ in range(6)]
+    assert all(result.complete and len(result.repairs) == 1 for result in results)
+    assert world.reconciler._progress.repair_streak > 3, "the brake"
 
 
 def test_news_does_not_wait_for_a_failure_elsewhere():
