@@ -221,7 +221,10 @@ class Daemon:
         """Tell the store whether the data path stands; what could not be told is told again (NetworkUnavailable)."""
         told: tuple[bool, tuple[str, ...]] | None = None
         while not self.board.stopping.wait(REPORT_INTERVAL):
-            news = (not self.health.broken, self.health.broken)
+            # A lease that cannot be renewed breaks nothing, until the subnet is another node's.
+            stands = self.board.standing is not None and not self.board.refuse
+            broken = self.health.broken("lease") if stands else self.health.broken()
+            news = (not broken, broken)
             if news == told:
                 continue
             try:

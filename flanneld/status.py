@@ -106,10 +106,9 @@ class Health:
         """Why this node is not ready, in order of cause, each fault once; empty when it is."""
         return self._shown(CONDITIONS)
 
-    @property
-    def broken(self) -> tuple[str, ...]:
-        """Why packets may not flow; empty while the data path stands, whatever else is wrong."""
-        return self._shown(name for name in CONDITIONS if name not in CONTROL_PLANE)
+    def broken(self, *spared: str) -> tuple[str, ...]:
+        """Why packets may not flow, whatever else is wrong: without the control plane's conditions, and ``spared``."""
+        return self._shown(name for name in CONDITIONS if name not in (*CONTROL_PLANE, *spared))
 
     def _shown(self, conditions: Iterable[str]) -> tuple[str, ...]:
         shown: dict[str, str] = {}

@@ -1,7 +1,8 @@
 """Pure: which interface and addresses carry the tunnels (flannel's pkg/ipmatch/match.go, with reasons).
 
-Order: --iface by name or address (then also loopback: routed hosts have their address there), --iface-regex against addresses, then names, --iface-can-reach, a local
---public-ip, the default route's interface, and at last (without a default route) the only candidate there is.
+Order: --iface by name or address (then also loopback: routed hosts have their address there), --iface-regex against
+addresses, then names, --iface-can-reach, a local --public-ip, the default route's interface, and at last (without a
+default route) the only candidate there is.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def choose(
             continue
         free = free_subnets(config, family, [*leases, *_as_leases(request.avoid, network)])
         if not free:
-            raise OutOfSubnets(_out_of_subnets(config, family, leases))
+            raise OutOfSubnets(_out_of_subnets(config, family, leases) + _because_of(request.avoid, network))
         size = 1 << (network.max_prefixlen - config.subnet_len_of(family))
         index = free[pick(len(free))]
         low = config.subnet_range_of(family)[0]
@@ -183,6 +183,11 @@ def _as_leases(avoid: Iterable[IPNetwork], network: IPNetwork) -> Iterable[Lease
             yield Lease(prefix, None, LeaseAttrs())
         elif isinstance(prefix, IPv6Network) and isinstance(network, IPv6Network) and prefix.subnet_of(network):
             yield Lease(None, prefix, LeaseAttrs())
+
+
+def _because_of(avoid: Iterable[IPNetwork], network: IPNetwork) -> str:
+    taken = [str(lease.subnet or lease.ipv6_subnet) for lease in _as_leases(avoid, network)]
+    return f". Not handed out, since hosts are there: {', '.join(taken)}" if taken else ""
 
 
 def _check_kept(leases: Iterable[Lease], request: LeaseRequest) -> None:

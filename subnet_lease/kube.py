@@ -85,6 +85,7 @@ class KubeStore:
                 " or POD_NAME and POD_NAMESPACE, as the DaemonSet does"
             )
         self._api = Connection(kubeconfig, api_url)
+        self._api.leave = self._leave_watches
         self._own = OwnNode(self._api, self._keys, node_name, (pod_namespace, pod_name))
         self._file = ConfigFile(Path(net_config_path))
         self._health = Health()
@@ -179,7 +180,7 @@ class KubeStore:
 
     def reconnect(self) -> None:
         try:
-            self._api.renew(self._leave_watches)
+            self._api.renew()
         except SetupError as error:
             _log.error(f"{error}; what was read before stays in use")
 

@@ -180,6 +180,8 @@ class Api:
             raise AccessDenied(
                 f"the credentials for the Kubernetes API at {self.url} cannot be read: {error}"
             ) from error
+        except RuntimeError as error:  # httpx2's, of a client that was closed
+            raise StoreUnavailable(f"the connection to {self.url} was closed for a new one: {error}") from error
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise StoreUnavailable(
                 f"{self.url} answered a {verb} of {resource} with something that is not Kubernetes' JSON: {error};"

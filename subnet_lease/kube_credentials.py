@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import structlog
@@ -19,6 +21,9 @@ from subnet_lease.store import SetupError
 
 _log = structlog.get_logger("kube")
 
+CLOSE_AFTER: Final = 60.0
+"""Seconds for which connections that were left may still be used: longer than any call takes."""
+
 
 class Connection:
     """The API to call now: made anew when the kubeconfig has changed, so that an operator can mend credentials.
@@ -31,24 +36,32 @@ class Connection:
         self._api_url = api_url
         self._mark = self._file_mark()
         self._api = Api(credentials(kubeconfig, api_url))
+        self._renewal = threading.Lock()
+        self.leave: Callable[[], None] = lambda: None
+        """Ends the watches on the old connections; called after each change, from any thread."""
 
     def __call__(self) -> Api:
         mark = self._file_mark()
         if mark is not None and mark != self._mark:
             self._mark = mark
             try:
-                # An open watch ends with the old connection, and is opened again by the thread that reads it.
                 self.renew()
                 _log.info("the kubeconfig has changed and is used", file=self._kubeconfig)
             except SetupError as error:
                 _log.warning("the changed kubeconfig is not used", error=str(error))
         return self._api
 
-    def renew(self, leave: Callable[[], None] = lambda: None) -> None:
-        """Connect anew, with what the files say now; the old connections are closed once ``leave`` has left them."""
-        before, self._api = self._api, Api(credentials(self._kubeconfig, self._api_url))
-        leave()
-        before.close()
+    def renew(self) -> None:
+        """Connect anew, with what the files say now. SetupError: they cannot be used, and all stays as it is.
+
+        Calls that are under way on the old connections end by themselves, or by their time limit; then those are closed.
+        """
+        with self._renewal:
+            before, self._api = self._api, Api(credentials(self._kubeconfig, self._api_url))
+        self.leave()
+        closing = threading.Timer(CLOSE_AFTER, before.close)
+        closing.daemon = True
+        closing.start()
 
     def _file_mark(self) -> tuple[int, int] | None:
         if not self._kubeconfig:

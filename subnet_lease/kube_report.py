@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class NodeCondition:
         self._told: tuple[bool, tuple[str, ...]] | None = None
         self._broken_since: float | None = None
         self._written: tuple[str, str, str] | None = None
+        self._turn = threading.Lock()
         self._version = ""
 
     def report(self, ready: bool, reasons: tuple[str, ...], now: float) -> None:
@@ -97,7 +99,14 @@ class NodeCondition:
         self.settle(now)
 
     def settle(self, now: float) -> None:
-        """Write what was reported last, once it is time to. Called again and again; usually nothing is to be done."""
+        """Write what was reported last, once it is time to. Called again and again; usually nothing is to be done.
+
+        Two threads call it: one at a time, or the second would take for written what the first is about to replace.
+        """
+        with self._turn:
+            self._settle(now)
+
+    def _settle(self, now: float) -> None:
         if self._told is None:
             return
         ready, reasons = self._told

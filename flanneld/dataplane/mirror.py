@@ -132,10 +132,11 @@ class Interfaces:
             self._touched.add(index)
 
     def networks(self) -> dict[str, str]:
-        """The networks that interfaces are on, as CIDRs, each with the name of one of them."""
+        """The networks that interfaces which are up are on, as CIDRs, each with the name of one of them."""
         found = {}
         for index, addresses in self.addresses.items():
-            for text in addresses:
+            link = self.links.get(index)
+            for text in addresses if link is not None and link.up else ():
                 found[str(ip_interface(text).network)] = self.names.get(index, "")
         return found
 

@@ -89,7 +89,14 @@ class Writer:
         own = self._view.interfaces.networks() if any(isinstance(c.record, Route) for c in changes) else {}
         for change in changes:
             if change.op == "put" and (there := _replaces(change.record, own)) is not None:
-                failures.append(Failure(change, "EEXIST", f"{describe(change)}: this host's own network, on {there}"))
+                failures.append(
+                    Failure(
+                        change,
+                        "EEXIST",
+                        f"{describe(change)}: {there} has that network itself. If nobody needs it there (a bridge that an"
+                        f" earlier lease left?), remove it: ip link del {there}; else give one of the two another network",
+                    )
+                )
                 continue
             try:
                 request = self._message(change)

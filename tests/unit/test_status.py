@@ -106,9 +106,11 @@ def test_what_leaves_the_packets_alone_makes_a_node_unready_but_not_broken() -> 
     health.set("stored_config", "bad")
     health.set("store", "gone")
     assert not health.ready
-    assert health.broken == ()
+    assert health.broken() == ()
     health.set("kernel", "no room")
-    assert health.broken == ("kernel: no room",)
+    health.set("lease", "lost")
+    assert health.broken() == ("lease: lost", "kernel: no room")
+    assert health.broken("lease") == ("kernel: no room",)
 
 
 def test_every_change_is_told_to_whoever_writes_the_status_file() -> None:
