@@ -57,7 +57,9 @@ class Udp:
         return Published("")
 
     def accepts(self, peer: Lease) -> bool:
-        return peer.attrs.backend_type in ("", self.name)
+        """A reservation that no node has taken yet has no type either, and no address."""
+        untaken = peer.reservation and peer.attrs.public_ip is None
+        return peer.attrs.backend_type in ("", self.name) and not untaken
 
     def host_state(self, host: Host) -> Iterator[Record]:
         _refuse_ipv6(host)

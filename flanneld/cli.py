@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(options.log_format, options.v)
     log = structlog.get_logger("flanneld")
     for warning in warnings:
-        log.warning("environment variable ignored", problem=warning)
+        log.warning(warning)
     # Imported late, so that --version, --help and a bad flag cost nothing.
     from flanneld.daemon import run
     from subnet_lease.store import StoreError

@@ -8,11 +8,12 @@ booleans bare or with a value.
 from __future__ import annotations
 
 import argparse
+import difflib
 import ipaddress
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -277,9 +278,25 @@ def parse(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> 
     )
     add_arguments(parser)
     try:
-        return from_namespace(parser.parse_args(argv), environment)
+        options, warnings = from_namespace(parser.parse_args(argv), environment)
     except UsageError as error:
         parser.error(str(error))
+    return options, (*warnings, *_without_effect(options, os.environ if environment is None else environment))
+
+
+def _without_effect(options: Options, environment: Mapping[str, str]) -> Iterator[str]:
+    """What somebody wrote and nothing reads: misspelt variables, TLS files for endpoints without TLS."""
+    known = {flag.variable for flag in FLAGS}
+    for name in sorted(environment):
+        # Kubernetes gives every pod FLANNELD_SERVICE_HOST, FLANNELD_PORT … where a Service is called so.
+        if name in known or not name.startswith("FLANNELD_") or name.startswith(("FLANNELD_SERVICE_", "FLANNELD_PORT")):
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        yield f"{name} is no variable that flanneld reads" + (f"; did you mean {close[0]}?" if close else "")
+    files = {"keyfile": options.etcd_keyfile, "certfile": options.etcd_certfile, "cafile": options.etcd_cafile}
+    given = [f"--etcd-{name}" for name, value in files.items() if value]
+    if given and not options.kube_subnet_mgr and "https://" not in options.etcd_endpoints:
+        yield f"{' and '.join(given)} have no effect: no endpoint of --etcd-endpoints begins with https://"
 
 
 def _check(options: Options) -> None:

@@ -8,6 +8,8 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from backends.backend import Underlay
 from backends.kernel_state import Link
 from flanneld.board import Board
@@ -15,6 +17,8 @@ from flanneld.desired import Standing
 from flanneld.options import Options
 from flanneld.status import Health, write_status_file
 from subnet_lease import subnet_file
+
+log = structlog.get_logger("flanneld")
 
 STATUS_FILE = "flanneld-status.json"
 """Beside subnet.env; the format stands in docs/cni.md."""
@@ -39,6 +43,8 @@ class Outputs:
         """Write subnet.env, once the kernel has what it promises (from the reconciler's thread, at every look)."""
         if standing is self._written and self._status_problem is None and self._marks == self._look():
             return
+        if standing is self._written and self._marks[:1] != self._look()[:1]:
+            log.warning("somebody removed or changed the subnet file; it is written again", file=str(self._subnet_file))
         self._subnet_problem = self._write_subnet_file(standing)
         self._judge()
         if self._subnet_problem is None:

@@ -42,6 +42,8 @@ class Health:
         self._faults: dict[str, str] = {}
         self._told: dict[str, str] = {}
         """The faults that are in the log, by the condition that put them there."""
+        self._logged: dict[str, tuple[str, str]] = {}
+        """Condition and text of the line that told of a fault."""
         self._warnings: dict[str, tuple[str, ...]] = {}
         self.on_change = on_change
         self.beat = time.monotonic()
@@ -70,10 +72,14 @@ class Health:
                 self._told[condition] = now
             news = self._told.get(condition) not in (None, told)
             ended = told is not None and told != now and not self._hand_on(told)
+            if news:
+                self._logged[self._told[condition]] = (condition, str(reason))
+            teller = self._logged.pop(told, (condition, before)) if ended and told is not None else (condition, before)
         if news:
             log.error(reason, condition=condition)
         elif ended and reason is None:
-            log.info("recovered", condition=condition, was=before)
+            # In the words of the line that it ends, whichever condition had the fault last.
+            log.info("recovered", condition=teller[0], was=teller[1])
         self.on_change()
 
     def _hand_on(self, fault: str) -> bool:

@@ -39,6 +39,7 @@ from subnet_lease.store import (
     SetupError,
     StoreError,
     StoreUnavailable,
+    write_config,
 )
 
 log = structlog.get_logger(__name__)
@@ -108,9 +109,7 @@ class EtcdStore:
         key = f"{self._prefix}/config"
         answer = self._connection.call("read the network configuration", lambda client: client.get_response(key))
         if not answer.kvs:
-            raise ConfigMissing(
-                f"""no network configuration at {key}; write one: flannelctl config set '{{"Network":"10.5.0.0/16"}}'"""
-            )
+            raise ConfigMissing(f"no network configuration at {key}; write one: {write_config(self._prefix)}")
         try:
             return validate_for_allocation(parse_network_config(answer.kvs[0].value.decode("utf-8", "replace")))
         except ConfigInvalid as error:

@@ -15,7 +15,7 @@ from subnet_lease.etcd_table import EtcdStatus, decode_any
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import encode_attrs
-from subnet_lease.store import ConfigMissing, StoreError
+from subnet_lease.store import ConfigMissing, StoreError, write_config
 
 
 class ChangedMeanwhile(StoreError):
@@ -51,7 +51,7 @@ class EtcdAdmin:
         if value is None:
             raise ConfigMissing(
                 f"no network configuration at {self.config_name} (asked {self._connection.names}); "
-                'write one: flannelctl config set \'{"Network": "10.5.0.0/16"}\''
+                f"write one: {write_config(self._prefix)}"
             )
         return value.decode("utf-8", "replace"), int(meta.mod_revision)
 

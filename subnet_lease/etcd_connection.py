@@ -371,7 +371,12 @@ class EtcdConnection:
         return failure
 
     def _denied(self, what: str, detail: str) -> AccessDenied:
-        user = f"user {self._login[0]!r}" if self._login else "without login"
+        if self._login is None:
+            return AccessDenied(
+                f"etcd lets nobody {what} under {self._scope} without a login ({short(detail)}): set --etcd-username and"
+                " --etcd-password; the name in a client certificate does not log in by itself"
+            )
+        user = f"user {self._login[0]!r}"
         return AccessDenied(
             f"etcd denies {user} to {what} under {self._scope}: {short(detail)}; grant read and write on that prefix "
             f"(etcdctl role grant-permission ROLE --prefix=true readwrite {self._scope}/)"

@@ -45,7 +45,7 @@ _NOT_ETCD: Final = (StoreUnavailable, "what answers at {at} is not etcd; correct
 _TLS_CLOSED: Final = (AccessDenied, "etcd at {at} closed the TLS connection: {wish}")
 _NO_TLS: Final = (
     StoreUnavailable,
-    "etcd at {at} does not answer with TLS: does it speak http? Then write http:// in --etcd-endpoints",
+    "etcd at {at} does not answer with TLS: does it speak http? Then write http:// in --etcd-endpoints. If not, it hangs",
 )
 _PLAIN_CLOSED: Final = (
     StoreUnavailable,

@@ -20,7 +20,7 @@ from subnet_lease import allocation
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot
 from subnet_lease.lease_wire import decode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
-from subnet_lease.store import ConfigMissing, StoreError, unused
+from subnet_lease.store import ConfigMissing, StoreError, unused, write_config
 
 log = structlog.get_logger(__name__)
 
@@ -265,7 +265,7 @@ class SnapshotTable:
         key = self._config_key.decode()
         try:
             if text is None:
-                raise ConfigMissing(f"{key} is gone; write it again: flannelctl config set")
+                raise ConfigMissing(f"{key} is gone; write it again: {write_config(key.removesuffix('/config'))}")
             config = validate_for_allocation(parse_network_config(text.decode("utf-8", "replace")))
         except StoreError as error:
             self._status.counts[error.cause] += 1

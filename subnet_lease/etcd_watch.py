@@ -19,7 +19,7 @@ from etcd3 import etcdrpc
 from subnet_lease.etcd_connection import EtcdConnection
 from subnet_lease.etcd_table import PUT, EtcdStatus, LeaseReader, SnapshotTable
 from subnet_lease.lease import LeaseSnapshot
-from subnet_lease.store import ConfigMissing, StoreError, StoreUnavailable
+from subnet_lease.store import ConfigMissing, StoreError, StoreUnavailable, write_config
 
 QUIET: Final = 4.0
 """Seconds without a message after which the watch is asked for a sign of life."""
@@ -178,8 +178,7 @@ class SnapshotWatch:
         changed = self._table.replace(kvs, header.revision, other)
         if self._table.config is None and not self._bare:
             raise ConfigMissing(
-                f"no usable network configuration at {self._prefix}/config; "
-                f"""write one: flannelctl config set '{{"Network":"10.5.0.0/16"}}'"""
+                f"no usable network configuration at {self._prefix}/config; write one: {write_config(self._prefix)}"
             )
         first, self._relist = self._first, False
         self._first = False

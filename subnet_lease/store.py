@@ -118,6 +118,12 @@ class LeaseRequest:
     avoid: tuple[IPNetwork, ...] = ()
 
 
+def write_config(prefix: str) -> str:
+    """The command that stores a configuration where etcd's keys begin with ``prefix``."""
+    where = "" if prefix == "/coreos.com/network" else f" --etcd-prefix={prefix}"
+    return f"""flannelctl config set{where} '{{"Network":"10.5.0.0/16"}}'"""
+
+
 def unused(problem: str) -> str:
     """What ``StoreStatus.config_error`` says."""
     return f"the stored network configuration is not used, the last good one stays: {problem}"

@@ -163,3 +163,11 @@ def test_an_address_to_listen_on_is_no_name_that_dns_would_have_to_know(capsys: 
     assert "--healthz-ip=nonsense: not an IP address" in capsys.readouterr().err
     for good in ("127.0.0.1", "::", "", "localhost"):
         parse([f"--healthz-ip={good}"], {})
+
+
+def test_what_nothing_reads_is_a_warning_with_a_suggestion() -> None:
+    _, warnings = parse((), {"FLANNELD_IPMASQ": "true", "FLANNELD_SERVICE_HOST": "10.96.0.9", "FLANNELD_IP_MASQ": "1"})
+    assert warnings == ("FLANNELD_IPMASQ is no variable that flanneld reads; did you mean FLANNELD_IP_MASQ?",)
+    _, warnings = parse(("--etcd-endpoints=http://10.0.0.1:2379", "--etcd-cafile=/ca.pem"), {})
+    assert len(warnings) == 1 and "--etcd-cafile" in warnings[0] and "https://" in warnings[0]
+    assert parse(("--etcd-endpoints=https://10.0.0.1:2379", "--etcd-cafile=/ca.pem"), {})[1] == ()
