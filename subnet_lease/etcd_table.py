@@ -219,7 +219,8 @@ class SnapshotTable:
                 self._bad[key] = value_hash
                 self._status.counts["bad_key"] += 1
                 known = "its last good value stays in use" if key in self.leases else "it is ignored"
-                log.warning(f"unreadable lease in etcd; {known}", key=key, error=str(error))
+                remedy = f"etcdctl del {self._subnets.decode()}{key}"
+                log.warning(f"unreadable lease in etcd; {known}", key=key, error=str(error), to_remove_it=remedy)
             return False
         if self._marks.get(key) == mark:
             return False
