@@ -140,7 +140,8 @@ def choose(
     pick: Callable[[int], int],
     own: Lease | None = None,
 ) -> Subnets:
-    """The subnets to claim. For each family: what ``own`` has, else the previous one while free, else a random one.
+    """The subnets to claim. For each family: what ``own`` has, else the previous one while free, else a random one; for
+    IPv6, before that, the one in the same place as the IPv4 subnet.
 
     ``own`` is our lease that does not suit as a whole, ``leases`` are all others, ``pick(n)`` is an index below n.
     Raises SubnetTaken when ``request.keep`` is set and the previous ones cannot be had, OutOfSubnets when none is free.
@@ -149,31 +150,53 @@ def choose(
         _check_kept(leases, request)
     chosen: dict[Family, IPNetwork] = {}
     for family in FAMILIES:
-        network = config.network_of(family)
         had = request.previous[0 if family == 4 else 1]
         if request.keep and had is not None:
             chosen[family] = had
-            continue
-        if network is None:
-            continue
-        held = own.subnet_of(family) if own is not None else None
-        if held is not None and _in_network(config, held) and _free(held, leases):
-            chosen[family] = held
-            continue
-        if had is not None and _in_range(config, had) and _free(had, leases):
-            chosen[family] = had
-            continue
-        free = free_subnets(config, family, [*leases, *_as_leases(request.avoid, network)])
-        if not free:
-            raise OutOfSubnets(_out_of_subnets(config, family, leases) + _because_of(request.avoid, network))
-        size = 1 << (network.max_prefixlen - config.subnet_len_of(family))
-        index = free[pick(len(free))]
-        low = config.subnet_range_of(family)[0]
-        assert low is not None
-        chosen[family] = type(network)((int(low.network_address) + index * size, config.subnet_len_of(family)))
+        elif config.network_of(family) is not None:
+            held = own.subnet_of(family) if own is not None else None
+            twin = _twin(config, chosen[4]) if family == 6 and 4 in chosen else None
+            wishes = (
+                held if held is not None and _in_network(config, held) else None,
+                had if had is not None and _in_range(config, had) else None,
+                twin
+                if twin is not None and not any(twin.overlaps(n) for n in request.avoid if n.version == 6)
+                else None,
+            )
+            wish = next((wish for wish in wishes if wish is not None and _free(wish, leases)), None)
+            chosen[family] = wish or _any_free(config, family, leases, request, pick)
     v4, v6 = chosen.get(4), chosen.get(6)
     assert not isinstance(v4, IPv6Network) and not isinstance(v6, IPv4Network)
     return v4, v6
+
+
+def _twin(config: NetworkConfig, v4: IPNetwork) -> IPv6Network | None:
+    """The IPv6 subnet in the same place as this IPv4 subnet: 10.5.7.0/24 and fc00:0:0:7::/64.
+
+    When IPv6 is turned on, every node looks for a subnet at once; so they do not all race for the first ones.
+    """
+    network4, network6 = config.network_of(4), config.network_of(6)
+    if network4 is None or not isinstance(network6, IPv6Network) or not _in_network(config, v4):
+        return None
+    place = (int(v4.network_address) - int(network4.network_address)) >> (32 - config.subnet_len)
+    first = int(network6.network_address) + (place << (128 - config.ipv6_subnet_len))
+    if first > int(network6.broadcast_address):
+        return None
+    twin = IPv6Network((first, config.ipv6_subnet_len))
+    return twin if _in_range(config, twin) else None
+
+
+def _any_free(
+    config: NetworkConfig, family: Family, leases: Collection[Lease], request: LeaseRequest, pick: Callable[[int], int]
+) -> IPNetwork:
+    network, low = config.network_of(family), config.subnet_range_of(family)[0]
+    assert network is not None
+    free = free_subnets(config, family, [*leases, *_as_leases(request.avoid, network)])
+    if not free or low is None:
+        raise OutOfSubnets(_out_of_subnets(config, family, leases) + _because_of(request.avoid, network))
+    size = 1 << (network.max_prefixlen - config.subnet_len_of(family))
+    index = free[pick(len(free))]
+    return type(network)((int(low.network_address) + index * size, config.subnet_len_of(family)))
 
 
 def _as_leases(avoid: Iterable[IPNetwork], network: IPNetwork) -> Iterable[Lease]:

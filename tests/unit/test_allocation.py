@@ -178,7 +178,9 @@ def test_range_and_length_bind_new_subnets_only(config: str, own: Lease, suits: 
 def test_a_node_keeps_the_family_that_it_has_when_another_is_turned_on_or_off() -> None:
     v4, both = lease("10.5.7.0/24"), lease("10.5.7.0/24", "fc00:5:0:7::/64")
     chosen = allocation.choose(network(DUAL), [], request(), first, v4)
-    assert chosen == (v4.subnet, IPv6Network("fc00:5:0:1::/64"))
+    assert chosen == (v4.subnet, IPv6Network("fc00:5:0:7::/64")), "in the same place"
+    other = lease("10.5.9.0/24", "fc00:5:0:7::/64", node=OTHER)
+    assert allocation.choose(network(DUAL), [other], request(), first, v4)[1] == IPv6Network("fc00:5:0:1::/64")
     assert allocation.choose(network(), [], request(), first, both) == (v4.subnet, None)
     kept = request(previous="10.5.7.0/24", keep=True)
     assert not allocation.suits(network(DUAL), kept, v4)
