@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 
 from flanneld.ctl.output import FAILED, OK, Problem, put, put_json
@@ -29,26 +30,20 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(arguments: argparse.Namespace) -> int:
     from flanneld.ctl.access import options_of
-    from flanneld.ctl.node import read_status
 
     if os.geteuid() != 0:
         raise Problem("cleanup needs root: it removes network devices", "run it with sudo")
     if not arguments.force:
-        try:
-            alive = bool(read_status(arguments).get("running"))
-        except Problem:
-            alive = False
-        if alive:
-            raise Problem(
-                "flanneld runs on this host and would put everything back",
-                "stop it first (systemctl stop flanneld), or use --force",
-            )
+        _refuse_while_running(arguments)
+    options = options_of(arguments)
+    kept = "" if options.kube_subnet_mgr else _lease(options.subnet_file)
     from flanneld.cleanup import CleanupError, cleanup
     from flanneld.dataplane.write import describe as in_words
+    from flanneld.options import DEFAULT_PREFIX
     from flanneld.wanted import describe
 
     try:
-        changes = cleanup(options_of(arguments))
+        changes = cleanup(options)
     except CleanupError as error:
         raise Problem(f"something stays: {error}", "run it again; what was removed is gone already") from None
     if arguments.json:
@@ -57,4 +52,41 @@ def run(arguments: argparse.Namespace) -> int:
         for change in changes:
             put(in_words(change).replace("remove ", "removed ", 1))
         put(f"{len(changes)} things removed" if changes else "nothing of flanneld is on this host")
+        if kept:
+            prefix = "" if options.etcd_prefix == DEFAULT_PREFIX else f" --etcd-prefix={options.etcd_prefix}"
+            put(f"the lease {kept} stays in etcd: flannelctl release{prefix} {kept}")
     return OK if all(change.op == "remove" for change in changes) else FAILED
+
+
+def _refuse_while_running(arguments: argparse.Namespace) -> None:
+    """Problem if the daemon of this subnet file lives; without a file that was asked for, if any answers."""
+    from flanneld.ctl.node import alive, read_status, subnet_file
+
+    file = subnet_file(arguments)
+    try:
+        status = read_status(arguments)
+    except Problem:
+        status = {"subnet_file": file}
+    if status.get("running") or alive(file, status):
+        pid = f"pid {status['pid']}, " if status.get("pid") else ""
+        raise Problem(
+            f"flanneld runs on this host ({pid}{status.get('subnet_file') or file}) and would put everything back",
+            "stop it first (systemctl stop flanneld), or use --force",
+        )
+
+
+def _lease(file: str) -> str:
+    """The subnets that this node leases, as ``flannelctl release`` takes them; "" where nothing tells."""
+    from pathlib import Path
+
+    from flanneld.ctl.node import read_file
+    from flanneld.outputs import STATUS_FILE
+    from subnet_lease import subnet_file
+
+    status = read_file(Path(file).with_name(STATUS_FILE), file) or {}
+    found = [status.get("subnet"), status.get("ipv6_subnet")]
+    if not any(found):
+        with contextlib.suppress(OSError, ValueError):
+            content = subnet_file.read(Path(file))
+            found = [content.subnet, content.ipv6_subnet] if content else []
+    return ",".join(str(subnet) for subnet in found if subnet)

@@ -9,7 +9,7 @@ from ipaddress import ip_network
 from typing import Any
 
 from backends.kernel_state import Change, Firewall, Kind, Record, Scope, Sysctl, WireguardPeer
-from flanneld.ctl.node import ask
+from flanneld.ctl.node import address, ask
 from flanneld.ctl.output import Problem
 from flanneld.dataplane.assemble import make_dataplane
 from flanneld.ownership import ownership
@@ -26,11 +26,19 @@ def find_drift(arguments: argparse.Namespace, status: dict[str, Any]) -> list[st
     if os.geteuid() != 0:
         raise Problem("--diff needs root: it reads firewall rules and forwarding entries", "run it with sudo")
     if not status.get("running"):
-        raise Problem("flanneld does not run here, so nobody knows what should be", "start it, then look again")
+        other = f"; {status['problem']}" if status.get("unheard") == "other" else ""
+        raise Problem(f"flanneld does not run here, so nobody knows what should be{other}", "start it, then look again")
+    _refuse_unheard(arguments, status)
     try:
         wanted = ask(arguments, "/status/desired")
         desired = [from_json(value) for value in wanted["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        reason = error.strerror or "no answer in time"
+        raise Problem(
+            f"flanneld does not say on {address(arguments)} what it wants: {reason}",
+            "see whether it runs, and try again",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise Problem(
             f"the daemon does not say what it wants: {error}",
             "give its --healthz-port; daemon and flannelctl must be of one version",
@@ -45,6 +53,23 @@ def find_drift(arguments: argparse.Namespace, status: dict[str, Any]) -> list[st
         sysctls=tuple(record.path for record in desired if isinstance(record, Sysctl)),
     )
     return [line(change) for change in differences(desired, scope)]
+
+
+def _refuse_unheard(arguments: argparse.Namespace, status: dict[str, Any]) -> None:
+    """Only the daemon whose status is shown knows what should be here; Problem says why it was not heard."""
+    match status.get("unheard"):
+        case None:
+            return
+        case "hangs":
+            raise Problem(f"flanneld {status['problem']}")
+        case "refused":
+            port = arguments.healthz_port
+            raise Problem(
+                f"flanneld runs without --healthz-port, or not with {port}: {status['problem']}",
+                f"start it with --healthz-port={port}, or give its own here",
+            )
+        case _:
+            raise Problem(status["problem"], "give this one's --healthz-port")
 
 
 def differences(desired: list[Record], scope: Scope) -> list[Change]:

@@ -49,9 +49,14 @@ def show(status: dict[str, Any]) -> None:
     where = console()
     running, ready = bool(status.get("running")), bool(status.get("ready"))
     state = "ready" if running and ready else "not ready" if running else "not running (the network stays as it was)"
+    unheard = status.get("unheard")
+    if unheard == "hangs":
+        state = status["problem"]
     where.print(Text.assemble("flanneld  ", (state, "bold green" if running and ready else "bold red")))
     for name, value in facts(status):
-        where.print(Text.assemble((f"{name:10}", "dim"), value))
+        where.print(Text.assemble((f"{name:9} ", "dim"), value))
+    if unheard == "other":
+        where.print(Text.assemble(("warning   ", "yellow"), f"{status['problem']}; give this one's --healthz-port"))
     for reason in status.get("reasons") or ():
         where.print(Text.assemble(("wrong     ", "bold red"), str(reason)))
     for text in status.get("warnings") or ():
@@ -93,7 +98,7 @@ def facts(status: dict[str, Any]) -> list[tuple[str, str]]:
         add("store", "never heard of")
     errors = status.get("store_errors")
     if isinstance(errors, dict) and errors:
-        add("errors", *(f"{cause} {count}" for cause, count in errors.items()))
+        add("store errors since start", *(f"{cause} {count}" for cause, count in errors.items()))
     last = status.get("last_pass")
     if isinstance(last, dict) and "at" in last:
         add("last pass", _pass(last))

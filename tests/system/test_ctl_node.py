@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from ipaddress import IPv4Network
 
@@ -34,6 +35,12 @@ def test_status_tells_people_and_programs_how_the_node_fares(lab: Lab) -> None:
     assert lines["peers"] == "2"
     whole = json.loads(host.ctl("status", "--json").stdout)
     assert whole["ready"] is True and whole["running"] is True and whole["subnet"] == subnet
+    host.daemon.process.send_signal(signal.SIGSTOP)
+    hung = host.ctl("status")
+    host.daemon.process.send_signal(signal.SIGCONT)
+    pid = host.daemon.process.pid
+    words = f"runs (pid {pid}) but does not answer on 127.0.0.1:8081; restart it"
+    assert (hung.returncode, hung.stdout.splitlines()[0]) == (1, f"flanneld  {words}")
     host.daemon.stop()
     after = host.ctl("status")
     assert after.returncode == 1
@@ -118,12 +125,17 @@ def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], backend
     undisturbed = host.ctl("status", "--diff")
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     refused = host.ctl("cleanup")
-    assert refused.returncode == 1 and "flanneld runs on this host" in refused.stderr
+    pid = host.daemon.process.pid
+    assert refused.returncode == 1
+    assert f"flanneld runs on this host (pid {pid}, {host.daemon.subnet_file})" in refused.stderr
+    subnet = host.daemon.get("/status").json()["subnet"]
     host.daemon.stop()
     assert everything(host) != before, "stopping must leave the overlay"
     done = host.ctl("cleanup")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "removed" in done.stdout
+    stays = f"the lease {subnet} stays in etcd: flannelctl release {subnet}"
+    assert done.stdout.splitlines()[-1] == stays
     assert everything(host) == before
     assert not list(host.daemon.run_dir.iterdir())
     again = host.ctl("cleanup")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import socket
 import threading
 from base64 import b64encode
+from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from itertools import pairwise
@@ -16,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from backends.registry import backend_class
+from cni.daemon_status import hold_lock
 from flanneld.ctl import cli, doctor, release
 from flanneld.ctl.config import as_json, contradictions, understood
 from flanneld.ctl.leases import changes, expiries, order, row
@@ -24,6 +28,7 @@ from flanneld.ctl.output import Problem, console, duration, table
 from flanneld.ctl.reserve import parse_subnets
 from flanneld.ctl.status import facts
 from flanneld.http import HealthServer
+from flanneld.http import as_json as as_json_answer
 from flanneld.lab.etcd import free_port
 from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
 from subnet_lease.store import AccessDenied
@@ -187,7 +192,7 @@ def test_facts_leave_out_what_is_unknown() -> None:
 
 def test_status_without_a_daemon_says_where_it_looked(tmp_path: Path) -> None:
     arguments = argparse.Namespace(healthz_ip="127.0.0.1", healthz_port=1, subnet_file=str(tmp_path / "subnet.env"))
-    with pytest.raises(Problem, match=r"no flanneld is known on this host: http://127\.0\.0\.1:1/status"):
+    with pytest.raises(Problem, match=r"no flanneld is known on this host: nothing listens on 127\.0\.0\.1:1;"):
         read_status(arguments)
     (tmp_path / "flanneld-status.json").write_text('{"pid": null, "ready": true, "subnet": "10.5.7.0/24"}')
     status = read_status(arguments)
@@ -235,12 +240,101 @@ def test_whatever_else_listens_on_the_port_is_not_taken_for_flanneld(tmp_path: P
     server = HealthServer("127.0.0.1", port, {"/status": lambda: (code, "application/json", body)})
     arguments = argparse.Namespace(healthz_ip="127.0.0.1", healthz_port=port, subnet_file=str(tmp_path / "subnet.env"))
     try:
-        with pytest.raises(Problem, match=rf":{port}/status: what answers there is not flanneld"):
+        with pytest.raises(Problem, match=rf"what answers at 127\.0\.0\.1:{port} is not flanneld"):
             read_status(arguments)
         (tmp_path / "flanneld-status.json").write_text('{"pid": null, "ready": true, "subnet": "10.5.7.0/24"}')
         assert read_status(arguments)["running"] is False
     finally:
         server.close()
+
+
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[argparse.Namespace]:
+    """The arguments of a command that asks for one subnet file, where the daemon of another one answers."""
+    port = free_port()
+    told = {"pid": 4711, "subnet_file": "/run/b/subnet.env", "ready": True}
+    server = HealthServer("127.0.0.1", port, {"/status": lambda: as_json_answer(told)})
+    yield argparse.Namespace(healthz_ip="127.0.0.1", healthz_port=port, subnet_file=str(tmp_path / "subnet.env"))
+    server.close()
+
+
+def test_another_networks_daemon_is_not_taken_for_the_one_that_was_asked_for(
+    answering: argparse.Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = f"another daemon (pid 4711, /run/b/subnet.env) answers at 127.0.0.1:{answering.healthz_port}"
+    with pytest.raises(Problem, match="is not running") as problem:
+        read_status(answering)
+    assert other in str(problem.value)
+    file = tmp_path / "flanneld-status.json"
+    file.write_text('{"pid": null, "ready": true, "subnet": "10.5.7.0/24"}')
+    flags = [f"--subnet-file={answering.subnet_file}", f"--healthz-port={answering.healthz_port}"]
+    assert cli.main(["status", *flags]) == 1
+    shown = capsys.readouterr().out
+    assert "not running" in shown and "10.5.7.0/24" in shown and other in shown
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert cli.main(["status", "--diff", *flags]) == 1
+    assert other in capsys.readouterr().err
+    lock = hold_lock(answering.subnet_file)
+    file.write_text('{"pid": 4712, "ready": true, "subnet": "10.5.7.0/24"}')
+    try:
+        assert cli.main(["status", "--diff", *flags]) == 1
+        error = capsys.readouterr().err
+        assert other in error and "give this one's --healthz-port" in error
+        assert cli.main(["cleanup", *flags]) == 1
+        assert f"flanneld runs on this host (pid 4712, {answering.subnet_file})" in capsys.readouterr().err
+    finally:
+        os.close(lock)
+    # The status of a daemon that shares the directory is not this one's.
+    file.write_text('{"pid": 4711, "ready": true, "subnet_file": "/run/b/subnet.env"}')
+    with pytest.raises(Problem, match="is not running"):
+        read_status(answering)
+    answering.subnet_file = "/run/b/subnet.env"
+    assert read_status(answering)["pid"] == 4711
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_daemon_that_hangs_is_said_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    monkeypatch.setattr("flanneld.ctl.node.TIMEOUT", 0.2)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    file = tmp_path / "subnet.env"
+    if written:
+        (tmp_path / "flanneld-status.json").write_text('{"pid": 4711, "ready": true, "subnet": "10.5.7.0/24"}')
+    lock = hold_lock(str(file))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        words = f"runs{' (pid 4711)' if written else ''} but does not answer on 127.0.0.1:{port}; restart it"
+        flags = [f"--subnet-file={file}", f"--healthz-port={port}"]
+        assert cli.main(["status", *flags]) == 1
+        shown = capsys.readouterr().out
+        assert shown.splitlines()[0] == f"flanneld  {words}"
+        assert cli.main(["status", "--json", *flags]) == 1
+        told = json.loads(capsys.readouterr().out)
+        assert (told["running"], told["ready"], told["unheard"]) == (True, False, "hangs")
+        assert cli.main(["status", "--diff", *flags]) == 1
+        assert f"flanneld {words}" in capsys.readouterr().err
+        os.close(lock)
+        assert cli.main(["status", *flags]) == 1
+        shown = "".join(capsys.readouterr())
+        assert "restart" not in shown
+        assert ("not running" if written else "no flanneld is known") in shown
+
+
+def test_diff_names_the_port_that_a_daemon_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    file, port = tmp_path / "subnet.env", free_port()
+    (tmp_path / "flanneld-status.json").write_text('{"pid": 4711, "ready": true}')
+    lock = hold_lock(str(file))
+    flags = [f"--subnet-file={file}", f"--healthz-port={port}"]
+    assert cli.main(["status", *flags]) == 0
+    assert cli.main(["status", "--diff", *flags]) == 1
+    os.close(lock)
+    error = capsys.readouterr().err
+    assert "flanneld runs without --healthz-port" in error and f"start it with --healthz-port={port}" in error
+    assert "Errno" not in error
 
 
 @pytest.mark.parametrize("port", ["abc", "99999", "-1", "1.5"])
