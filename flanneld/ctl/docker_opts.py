@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cni.conflist import write_conflist as write_if_changed
-from flanneld.ctl.output import FAILED, OK, Problem, put
+from flanneld.ctl.output import FAILED, OK, Problem, note, put
 
 DEFAULT_OUTPUT = "/run/docker_opts.env"
 DEFAULT_KEY = "DOCKER_OPTS"
@@ -75,7 +75,8 @@ def _tell(command: str) -> int:
     try:
         done = subprocess.run(shlex.split(command), check=False)
     except (OSError, ValueError) as error:
-        raise Problem(f"--on-change {command!r}: {error}") from None
+        reason = f"cannot run it: {error.strerror}" if isinstance(error, OSError) else error
+        raise Problem(f"--on-change {command!r}: {reason}", "give a program and its arguments") from None
     if done.returncode != 0:
         raise Problem(f"--on-change {command!r}: exit {done.returncode}", code=FAILED)
     return OK
@@ -86,6 +87,7 @@ def read_shell_variables(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
+        note("warning", f"{path} does not exist: no subnet in it; start flanneld first")
         return {}
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None

@@ -56,9 +56,11 @@ def test_options_of_the_environment_are_kept(call, monkeypatch: pytest.MonkeyPat
     assert call("-c") == (0, f'DOCKER_OPTS="--debug {BIP} {MASQ} --log-level=warn {MTU} "\n')
 
 
-def test_without_a_subnet_file_there_are_no_options(call, tmp_path: Path) -> None:
+def test_without_a_subnet_file_there_are_no_options(call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "subnet.env").unlink()
     assert call() == (0, 'DOCKER_OPTS=" "\n')
+    missing = f"{tmp_path}/subnet.env does not exist: no subnet in it; start flanneld first"
+    assert capsys.readouterr().err == f"warning: {missing}\n"
 
 
 def test_bad_values(call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,3 +92,7 @@ def test_a_hook_that_fails_is_an_error(call, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "subnet.env").write_text(SUBNET_ENV.replace("1450", "1400"))
     assert call("--on-change", "false")[0] == 1
     assert "--on-change 'false': exit 1" in capsys.readouterr().err
+    (tmp_path / "subnet.env").write_text(SUBNET_ENV)
+    assert call("--on-change", "/absent/program")[0] == 1
+    error = capsys.readouterr().err
+    assert "--on-change '/absent/program': cannot run it: No such file or directory" in error
