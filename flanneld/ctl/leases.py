@@ -84,6 +84,11 @@ def row(lease: Lease, ttl: float | None) -> tuple[str, ...]:
     )
 
 
+def _watched(lease: Lease) -> tuple[str, ...]:
+    """A row without the expiry, for which a watch does not ask."""
+    return row(lease, None)[:-1]
+
+
 def _expiry(lease: Lease, ttl: float | None) -> str:
     if lease.reservation:
         return "reservation"
@@ -132,7 +137,7 @@ def _watch(access: Access, *, as_json: bool) -> None:
         with Live(console=console(), auto_refresh=False) as live:
             for snapshot in access.watch():
                 leases = sorted(snapshot.leases.values(), key=order)
-                live.update(table(COLUMNS, [row(lease, None) for lease in leases]), refresh=True)
+                live.update(table(COLUMNS[:-1], [_watched(lease) for lease in leases]), refresh=True)
         return
     before: Mapping[str, Lease] = {}
     for snapshot in access.watch():
@@ -160,4 +165,4 @@ def _put_change(change: str, lease: Lease, *, as_json: bool) -> None:
 
         put(json.dumps({"change": change, **describe(lease, None)}))
     else:
-        put(f"{change:8}" + "  ".join(row(lease, None)[:-1]))
+        put(f"{change:8}" + "  ".join(_watched(lease)))
