@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from flanneld.ctl.output import FAILED, USAGE, Problem, show_problem
+from flanneld.ctl.output import FAILED, USAGE, Problem, put, show_problem
 from flanneld.usage import Parser
 
 COMMANDS: Final = (
@@ -35,11 +35,22 @@ def build_parser() -> argparse.ArgumentParser:
         description="Look at and steer a flannel network: its configuration, its leases, and this node.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         if importlib.util.find_spec(f"flanneld.ctl.{name}"):
             importlib.import_module(f"flanneld.ctl.{name}").register(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """As flanneld --version; looked up only if somebody asks."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        put(f"{parser.prog} {version('flanneld')}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main([name, "--help"])
         assert stop.value.code == 0
         assert f"flannelctl {name}" in capsys.readouterr().out
+
+
+def test_the_version_is_flannelds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"flannelctl {version('flanneld')}\n"
 
 
 def test_leases_are_ordered_by_number() -> None:
@@ -188,6 +196,7 @@ def test_facts_leave_out_what_is_unknown() -> None:
     assert facts({"node": "h1", "subnet": None, "peers": 0, "last_pass": {}, "store_errors": {}}) == [
         ("node", "h1"), ("peers", "0")
     ]  # fmt: skip
+    assert facts({"store_errors": {"timeout": 2}}) == [("store errors since start", "timeout 2")]
 
 
 def test_status_without_a_daemon_says_where_it_looked(tmp_path: Path) -> None:
