@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser; the parsers of its subcommands are of this class, too."""
 
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse, with the flags that were most likely meant."""
+        words = sys.argv[1:] if args is None else list(args)
+        found, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{_meant(rest, list(_flags(self, words)))}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
+
+
+def _flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[str]:
+    """The flags of this parser and of the commands that the command line names."""
+    for action in parser._actions:  # argparse tells nobody its flags
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for name in action.choices.keys() & set(words):
+                yield from _flags(action.choices[name], words)
+
+
+def _meant(unknown: Sequence[str], flags: Sequence[str]) -> str:
+    """ "; did you mean …?" for flags that are nearly those there are; "" where none is near."""
+    from difflib import get_close_matches
+
+    near: list[str] = []
+    for word in unknown:
+        if word.startswith("--"):
+            near += get_close_matches(word.partition("=")[0], flags, 1, 0.8)
+    return f"; did you mean {' '.join(dict.fromkeys(near))}?" if near else ""

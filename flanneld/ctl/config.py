@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -140,14 +142,44 @@ def understood(text: str, name: str, *, etcd: bool = True) -> NetworkConfig:
         config = validate_for_allocation(config) if etcd else config
         backend = backend_class(config.backend_type)(config.backend_options)
     except (ConfigInvalid, BackendError) as error:
+        # What is wrong is often that a key is misspelt: Network "is missing" where there is a Netwrok.
+        _warn_unread(_unread(text))
         raise Problem(f"{name}: {error}", "correct it and try again; nothing was changed") from None
     unknown = tuple(f"Backend.{key}" for key in getattr(backend, "unknown_options", ()))
     return dataclasses.replace(config, unknown_keys=(*config.unknown_keys, *unknown))
 
 
-def _warn(config: NetworkConfig, leases: Iterable[Lease]) -> None:
-    for key in config.unknown_keys:
+def _unread(text: str) -> list[str]:
+    """The keys that nothing reads in a configuration with an error."""
+    from backends.backend import BackendError
+    from backends.registry import backend_class
+    from subnet_lease import go_json
+    from subnet_lease.network_config import parse_network_config
+    from subnet_lease.store import ConfigInvalid
+
+    found: list[str] = []
+    with contextlib.suppress(ValueError):
+        given = go_json.parse_object(text)
+        for key in given:
+            with contextlib.suppress(ConfigInvalid):  # it is read: that null is no value for it was noticed
+                found += parse_network_config(json.dumps({key: None})).unknown_keys
+        sections = [value for key, value in given.items() if go_json.fold_key(key) == "backend"]
+        with contextlib.suppress(ConfigInvalid, BackendError, TypeError):
+            config = parse_network_config(
+                json.dumps({"Backend": {"Type": "vxlan", **sections[-1]}} if sections else {})
+            )
+            backend = backend_class(config.backend_type)(dict.fromkeys(config.backend_options))
+            found += (f"Backend.{key}" for key in getattr(backend, "unknown_options", ()))
+    return found
+
+
+def _warn_unread(keys: Iterable[str]) -> None:
+    for key in keys:
         note("warning", f"nothing reads the key {key}; is it misspelt?")
+
+
+def _warn(config: NetworkConfig, leases: Iterable[Lease]) -> None:
+    _warn_unread(config.unknown_keys)
     for text in contradictions(config, leases):
         note("warning", text)
 

@@ -115,6 +115,25 @@ def test_set_warns_of_keys_that_nothing_reads_and_of_leases_it_contradicts(ctl: 
     assert "use another backend than host-gw" in err
 
 
+@pytest.mark.parametrize(
+    ("text", "unread"),
+    [
+        ('{"Netwrok": "10.5.0.0/16"}', ["Netwrok"]),
+        ('{"Netwrok": "10.5.0.0/16", "NonMasqueradeCIDRs": ["x"], "backend": {"Type": "host-gw"}}', ["Netwrok"]),
+        ('{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VIN": 2, "Port": "x"}}', ["Backend.VIN"]),
+        ('{"Network": "10.5.0.0/16", "Colour": 1, "Backend": {"Tpye": "udp"}}', ["Colour", "Backend.Tpye"]),
+        ('{"Network": "10.5.0.0/33", "Backend": 7}', []),
+        ("{", []),
+    ],
+)
+def test_an_unread_key_is_named_before_the_error_that_it_may_explain(ctl: Run, text: str, unread: list[str]) -> None:
+    code, out, err = ctl("config", "set", text)
+    assert (code, out) == (1, "")
+    lines = err.splitlines()
+    assert lines[: len(unread)] == [f"warning: nothing reads the key {key}; is it misspelt?" for key in unread]
+    assert lines[len(unread)].startswith("error: ")
+
+
 def test_check_reads_a_file_standard_input_or_the_store(
     ctl: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,5 +338,13 @@ def test_usage_errors_exit_with_2(ctl: Run) -> None:
     code, _, err = ctl("leases", "--no-such-flag")
     assert code == 2
     assert err == "flannelctl: error: unrecognized arguments: --no-such-flag\nsee flannelctl --help\n"
+    for words, said in (
+        (["leases", "--etcd-endpoint=x"], "--etcd-endpoint=x; did you mean --etcd-endpoints?"),
+        (["leases", "--jsn", "--wacth"], "--jsn --wacth; did you mean --json --watch?"),
+        (["config", "set", "--etcd-endpoint", "x", "{}"], "{}; did you mean --etcd-endpoints?"),
+        (["--verson", "leases"], "--verson; did you mean --version?"),
+    ):
+        code, _, err = ctl(*words)
+        assert code == 2 and err.splitlines()[0].endswith(said), err
     assert ctl("release")[2].splitlines()[1:] == ["see flannelctl release --help"]
     assert ctl("leases", "--subnet-lease-renew-margin", "0")[0] == 2
