@@ -99,6 +99,10 @@ def test_doctor_tells_a_dead_tunnel_from_a_dead_host(lab: Lab) -> None:
     assert "underlay good, UDP 8472 dead to h2" in verdicts["h2"]
     assert "underlay dead" in verdicts["h3"]
     assert [entry["overlay"] for entry in json.loads(here.ctl("doctor", "--json").stdout)] == [False, False]
+    here.daemon.stop()
+    alone = here.ctl("doctor")
+    assert (alone.returncode, alone.stdout) == (1, "")
+    assert "this node is not ready: flanneld does not run here" in alone.stderr
 
 
 @pytest.mark.field_problem(42)
@@ -173,8 +177,14 @@ def test_cleanup_without_a_subnet_file_spares_a_second_networks_routes(make_lab:
     wait_until(lambda: host.run("ip route").count("proto 241") == 2, 20, "a route in each network")
     first = host.daemons[0]
     first.stop()
+    # The second daemon's port, as a user gives it who forgets that the first one had its own.
+    flags = (f"--subnet-file={first.subnet_file}", f"--healthz-port={seconds[0].healthz_port}")
+    status = host.ctl("status", *flags)
+    pid = seconds[0].process.pid
+    assert status.returncode == 1 and "not running" in status.stdout and "10.5." in status.stdout, status.stdout
+    assert f"another daemon (pid {pid}, {seconds[0].subnet_file}) answers" in status.stdout
     shutil.rmtree(first.run_dir)
-    done = host.ctl("cleanup", f"--subnet-file={first.subnet_file}", f"--healthz-port={first.healthz_port}")
+    done = host.ctl("cleanup", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     (left,) = [line for line in host.run("ip route").splitlines() if "proto 241" in line]
     assert left.startswith("10.6.") and seconds[0].ready

@@ -187,9 +187,53 @@ def test_release_wants_force_where_it_must_not_know_who_lives() -> None:
     ],
 )
 def test_the_doctor_says_where_the_path_ends(alive: set[str], good: bool, words: str) -> None:
-    finding = doctor.examine(lease(7, "web"), CONFIG, alive.__contains__)
+    finding = doctor.examine(lease(7, "web"), "vxlan", doctor.tunnel_port(CONFIG), alive.__contains__)
     assert finding.good is good
     assert words in finding.verdict
+
+
+@pytest.mark.parametrize(
+    ("backend", "alive", "good", "words"),
+    [
+        ("host-gw", {"192.0.2.7"}, True, "underlay good; host-gw has no tunnel test"),
+        ("ipip", {"192.0.2.7"}, True, "underlay good; ipip has no tunnel test"),
+        ("alloc", {"192.0.2.7"}, True, "underlay good; alloc carries no packets"),
+        ("ipip", {"10.5.7.0"}, False, "underlay dead: 192.0.2.7 does not answer"),
+        ("wireguard", {"192.0.2.7"}, False, "the UDP port of wireguard dead to web"),
+    ],
+)
+def test_the_doctor_says_what_it_cannot_try(backend: str, alive: set[str], good: bool, words: str) -> None:
+    finding = doctor.examine(lease(7, "web"), backend, None, alive.__contains__)
+    assert finding.good is good
+    assert words in finding.verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "port"),
+    [
+        ('{"type": "VXLAN", "port": 4789}', 4789),
+        ('{"Type": "vxlan"}', 8472),
+        ('{"Type": "udp"}', 8285),
+        ('{"Type": "wireguard"}', 51820),
+        ('{"Type": "ipip"}', None),
+    ],
+)
+def test_the_doctor_knows_the_port_of_the_tunnel(text: str, port: int | None) -> None:
+    assert doctor.tunnel_port(understood(f'{{"Network": "10.5.0.0/16", "Backend": {text}}}', "test")) == port
+
+
+@pytest.mark.parametrize(
+    ("status", "reasons"),
+    [
+        ({"ready": True, "devices": ["lo"]}, []),
+        ({"ready": True, "devices": ["lo", "flannel.1"]}, ["device flannel.1 is missing here"]),
+        ({"ready": False, "reasons": ["lease: taken"], "devices": ["flannel.1"]}, ["lease: taken"]),
+        ({"ready": True, "running": False}, ["flanneld does not run here"]),
+        ({"unheard": "hangs", "problem": "runs but does not answer"}, ["flanneld runs but does not answer"]),
+    ],
+)
+def test_the_doctor_looks_at_its_own_node_first(status: dict[str, object], reasons: list[str]) -> None:
+    assert doctor.unfit({"running": True, **status}, {"lo", "eth0"}) == reasons
 
 
 def test_facts_leave_out_what_is_unknown() -> None:
