@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from pathlib import Path
 
 from flanneld.ctl.output import FAILED, OK, Problem, put, put_json
 
@@ -36,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.force:
         _refuse_while_running(arguments)
     options = options_of(arguments)
-    kept = "" if options.kube_subnet_mgr else _lease(options.subnet_file)
+    # A person in a pod need not repeat the daemon's --kube-subnet-mgr.
+    kubernetes = options.kube_subnet_mgr or "KUBERNETES_SERVICE_HOST" in os.environ
+    kept = "" if kubernetes else _lease(options.subnet_file)
     from flanneld.cleanup import CleanupError, cleanup
     from flanneld.dataplane.write import describe as in_words
     from flanneld.options import DEFAULT_PREFIX
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _refuse_while_running(arguments: argparse.Namespace) -> None:
     """Problem if the daemon of this subnet file lives; without a file that was asked for, if any answers."""
-    from flanneld.ctl.node import alive, read_status, subnet_file
+    from flanneld.ctl.node import alive, other_daemon, read_status, subnet_file
 
     file = subnet_file(arguments)
     try:
@@ -73,12 +76,16 @@ def _refuse_while_running(arguments: argparse.Namespace) -> None:
             f"flanneld runs on this host ({pid}{status.get('subnet_file') or file}) and would put everything back",
             "stop it first (systemctl stop flanneld), or use --force",
         )
+    if not Path(file).exists() and (other := other_daemon(arguments)):
+        raise Problem(
+            f"there is no {file}, so nobody can tell this network's devices from those of another daemon ({other}) that"
+            " runs on this host",
+            "stop that one first, or use --force: it puts its own back",
+        )
 
 
 def _lease(file: str) -> str:
     """The subnets that this node leases, as ``flannelctl release`` takes them; "" where nothing tells."""
-    from pathlib import Path
-
     from flanneld.ctl.node import read_file
     from flanneld.outputs import STATUS_FILE
     from subnet_lease import subnet_file

@@ -129,6 +129,17 @@ def _age(file: Path) -> float:
         return 0.0
 
 
+def other_daemon(arguments: argparse.Namespace) -> str:
+    """Pid and subnet file of a daemon that answers and is not the one that was asked for; else ""."""
+    try:
+        answer = ask(arguments, "/status")
+    except (OSError, ValueError):
+        return ""
+    if not is_status(answer) or _same(answer["subnet_file"], subnet_file(arguments)):
+        return ""
+    return f"pid {answer['pid']}, {answer['subnet_file']}"
+
+
 def address(arguments: argparse.Namespace) -> str:
     """Where the daemon should answer."""
     ip = arguments.healthz_ip

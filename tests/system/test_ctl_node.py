@@ -184,7 +184,9 @@ def test_cleanup_without_a_subnet_file_spares_a_second_networks_routes(make_lab:
     assert status.returncode == 1 and "not running" in status.stdout and "10.5." in status.stdout, status.stdout
     assert f"another daemon (pid {pid}, {seconds[0].subnet_file}) answers" in status.stdout
     shutil.rmtree(first.run_dir)
-    done = host.ctl("cleanup", *flags)
+    refused = host.ctl("cleanup", *flags)
+    assert refused.returncode == 1 and f"another daemon (pid {pid}, {seconds[0].subnet_file})" in refused.stderr
+    done = host.ctl("cleanup", f"--subnet-file={first.subnet_file}", f"--healthz-port={first.healthz_port}")
     assert done.returncode == 0, done.stdout + done.stderr
     (left,) = [line for line in host.run("ip route").splitlines() if "proto 241" in line]
     assert left.startswith("10.6.") and seconds[0].ready
