@@ -12,7 +12,7 @@ from flanneld.dataplane.assemble import make_dataplane
 from flanneld.host_claims import HostClaims
 from flanneld.options import Options
 from flanneld.outputs import STATUS_FILE
-from flanneld.ownership import ownership, with_marked_routes
+from flanneld.ownership import ownership, with_marked_routes, within
 from flanneld.plan import plan
 from flanneld.startup_command import hooks_file
 from subnet_lease import subnet_file
@@ -32,12 +32,13 @@ def cleanup(options: Options) -> list[Change]:
     dataplane = make_dataplane(hooks_file(options.subnet_file))
     try:
         bare = dataplane.observe(Scope(instance=options.instance))
-        networks = _networks(content, bare.interfaces)
+        others = HostClaims().other_networks()
+        networks = _networks(content, bare.interfaces, others)
         scope = Scope(networks=tuple(map(str, networks)), instance=options.instance, marked_routes=content is None)
         observed = dataplane.observe(scope)
         owned = ownership(observed.interfaces, networks, frozenset())
         if content is None:
-            owned = with_marked_routes(owned, HostClaims().other_networks())
+            owned = with_marked_routes(owned, others)
         changes = plan({}, observed.state, owned)
         failures = dataplane.apply(changes)
     finally:
@@ -50,8 +51,13 @@ def cleanup(options: Options) -> list[Change]:
     return changes
 
 
-def _networks(content: subnet_file.SubnetFile | None, interfaces: tuple[Interface, ...]) -> tuple[IPNetwork, ...]:
-    """What was ours: subnet.env says it; without one, whatever the devices with flannel's names carry."""
+def _networks(
+    content: subnet_file.SubnetFile | None, interfaces: tuple[Interface, ...], others: tuple[IPNetwork, ...]
+) -> tuple[IPNetwork, ...]:
+    """What was ours: subnet.env says it; without one, whatever the devices with flannel's names carry.
+
+    But for the networks of other daemons that run on this host.
+    """
     if content is not None:
         return tuple(n for n in (content.network, content.ipv6_network) if n is not None)
     return tuple(
@@ -59,5 +65,5 @@ def _networks(content: subnet_file.SubnetFile | None, interfaces: tuple[Interfac
         for interface in interfaces
         if is_flannel_device(interface.name)
         for address in interface.addresses
-        if not ip_interface(address.address).ip.is_link_local
+        if not ip_interface(address.address).ip.is_link_local and not within(address.address, others)
     )

@@ -167,6 +167,25 @@ def test_cleanup_finds_everything_although_the_run_directory_is_gone(
 
 
 @pytest.mark.field_problem(44)
+def test_cleanup_without_a_subnet_file_spares_a_second_networks_device(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(1)
+    lab.set_config()
+    lab.set_config({"Network": "10.6.0.0/16", "Backend": {"Type": "vxlan", "VNI": 2}}, prefix="/second/network")
+    host = lab.hosts[0]
+    first = host.start_daemon(wait=True)
+    second = host.start_daemon("--etcd-prefix=/second/network", instance="b", wait=True)
+    before = host.run("ip -brief link show dev flannel.2")
+    first.stop()
+    shutil.rmtree(first.run_dir)
+    done = host.ctl("cleanup", f"--subnet-file={first.subnet_file}", f"--healthz-port={first.healthz_port}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "flannel.1" not in host.run("ip -brief link")
+    assert second.ready and host.run("ip -brief link show dev flannel.2") == before
+    repairs = [line for line in second.get("/metrics").text.splitlines() if line.startswith("flanneld_repairs_total")]
+    assert not [line for line in repairs if not line.endswith(" 0.0")]
+
+
+@pytest.mark.field_problem(44)
 def test_cleanup_without_a_subnet_file_spares_a_second_networks_routes(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(2)
     lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}})
