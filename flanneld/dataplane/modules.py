@@ -15,10 +15,7 @@ def load(module: str) -> None:
     """``modprobe`` the module; nothing happens if it is loaded or built in. Raises ModuleMissing."""
     modprobe = shutil.which("modprobe", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if modprobe is None:
-        raise ModuleMissing(
-            f"the module {module} is not loaded, and the program that loads modules is not installed: apt-get install"
-            f" kmod, then: modprobe {module}. In a container, load it on the host"
-        )
+        raise ModuleMissing(_sentence(module, "or cannot load it: apt-get install kmod, which has modprobe, comes first"))
     try:
         done = subprocess.run([modprobe, "--", module], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
