@@ -15,7 +15,9 @@ def load(module: str) -> None:
     """``modprobe`` the module; nothing happens if it is loaded or built in. Raises ModuleMissing."""
     modprobe = shutil.which("modprobe", path="/usr/sbin:/sbin:/usr/bin:/bin")
     if modprobe is None:
-        raise ModuleMissing(_sentence(module, "or cannot load it: apt-get install kmod, which has modprobe, comes first"))
+        raise ModuleMissing(
+            _sentence(module, "or cannot load it: apt-get install kmod, which has modprobe, comes first")
+        )
     try:
         done = subprocess.run([modprobe, "--", module], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
