@@ -1,4 +1,6 @@
-"""What gRPC says of a connection that failed, in words that name the remedy; tests/store/test_etcd_access.py provokes it.
+"""What gRPC says of a connection that failed, in words that name the remedy.
+
+tests/store/test_etcd_tls.py and test_etcd_access.py provoke it.
 
 gRPC has one code for all of it (UNAVAILABLE) and tells the reason in a text of its own, which changes now and then: what
 is not recognised is shown as it is.
