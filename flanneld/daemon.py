@@ -171,11 +171,12 @@ class Daemon:
     def _judge_store(self) -> None:
         status = self.store.status
         age = self._watch_age()
-        if status.last_error is not None:
+        failure = status.failure
+        if failure is not None:
             # What is wrong with the configuration, the keeper tells, who reads it to claim a lease.
-            theirs = status.fault == ConfigMissing.cause
+            theirs = isinstance(failure, ConfigMissing)
             told = theirs and self.health.reason("config") is not None
-            self.health.set("store", None if told else status.last_error, fault=status.fault, quiet=theirs)
+            self.health.set("store", None if told else str(failure), fault=failure.fault, quiet=theirs)
         elif age is not None and age > WATCH_STALL:
             self.health.set("store", f"no sign of life from the store for {WATCH_STALL:.0f} s")
         else:

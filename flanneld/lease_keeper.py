@@ -193,7 +193,9 @@ class LeaseKeeper:
             raise setup.problem
         seen = self._seen(lease)
         if self._lost or seen is None or setup.families != lease.families:
-            lease = self._claim_again(setup, lease, attrs, gone=self._lost or seen is None)
+            # A change of shape that was carried out although its answer got lost is no loss.
+            gone = (self._lost or seen is None) and setup.families == lease.families
+            lease = self._claim_again(setup, lease, attrs, gone=gone)
         elif attrs != seen.attrs:
             self._base = self._board.snapshot
             lease = self._store.publish(seen, attrs)

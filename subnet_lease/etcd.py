@@ -25,7 +25,7 @@ from subnet_lease import allocation
 from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
 from subnet_lease.etcd_keys import LeaseKeys
 from subnet_lease.etcd_leases import LEASE_TTL, Grant, SignOfLife, keep_alive, revoke
-from subnet_lease.etcd_table import EtcdStatus, LeaseReader
+from subnet_lease.etcd_table import LeaseReader
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints, subnet_key
 from subnet_lease.lease_wire import encode_attrs
@@ -38,6 +38,7 @@ from subnet_lease.store import (
     OutOfSubnets,
     SetupError,
     StoreError,
+    StoreStatus,
     StoreUnavailable,
     write_config,
 )
@@ -91,7 +92,7 @@ class EtcdStore:
         )
         self._renew_every = min(LEASE_TTL - renew_margin_minutes * 60.0, RENEW_AT_LEAST)
         self._instance = boot_id() if instance is None else instance
-        self._status = EtcdStatus()
+        self._status = StoreStatus()
         self._held: frozenset[str] = frozenset()
         reader = LeaseReader()
         self._keys = LeaseKeys(self._connection, self._prefix, reader)
@@ -102,7 +103,7 @@ class EtcdStore:
         self._closed = threading.Event()
 
     @property
-    def status(self) -> EtcdStatus:
+    def status(self) -> StoreStatus:
         return self._status
 
     def read_config(self) -> NetworkConfig:

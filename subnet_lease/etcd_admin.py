@@ -11,11 +11,11 @@ from typing import Any
 
 from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
 from subnet_lease.etcd_leases import SignOfLife
-from subnet_lease.etcd_table import EtcdStatus, decode_any
+from subnet_lease.etcd_table import decode_any
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import encode_attrs
-from subnet_lease.store import ConfigMissing, StoreError, write_config
+from subnet_lease.store import ConfigMissing, StoreError, StoreStatus, write_config
 
 
 class ChangedMeanwhile(StoreError):
@@ -83,7 +83,7 @@ class EtcdAdmin:
 
     def watch(self) -> Iterator[LeaseSnapshot]:
         """All leases whenever they change, until ``close``; outlasts every failure, and needs no configuration."""
-        self._watch = SnapshotWatch(self._connection, self._prefix, EtcdStatus(), frozenset, bare=True)
+        self._watch = SnapshotWatch(self._connection, self._prefix, StoreStatus(), frozenset, bare=True)
         return self._watch.snapshots()
 
     def reserve(self, lease: Lease) -> None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -20,7 +18,7 @@ from subnet_lease import allocation
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot
 from subnet_lease.lease_wire import decode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
-from subnet_lease.store import ConfigMissing, StoreError, unused, write_config
+from subnet_lease.store import ConfigMissing, StoreError, StoreStatus, unused, write_config
 
 log = structlog.get_logger(__name__)
 
@@ -76,42 +74,13 @@ class LeaseReader:
         self._known.pop(key, None)
 
 
-@dataclass
-class EtcdStatus:
-    """How the connection fares; written by the store's threads, read by anyone."""
-
-    last_contact: float | None = None
-    last_error: str | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    config_error: str | None = None
-    fault: str = ""
-
-    @property
-    def errors(self) -> dict[str, int]:
-        return dict(self.counts)
-
-    def alive(self) -> None:
-        """The watch has just been heard of."""
-        self.last_contact = time.monotonic()
-        if self.last_error is not None:
-            self.last_error, self.fault = None, ""
-            log.debug("the watch on etcd works again")
-
-    def failed(self, error: StoreError) -> None:
-        """Count a failure of the watch. The daemon tells it, if nobody else meets the same fault; see ``Health``."""
-        self.counts[error.cause] += 1
-        if error.fault != self.fault:
-            log.debug("the watch on etcd fails; the last known leases stay in use", error=str(error))
-        self.last_error, self.fault = str(error), error.fault
-
-
 class SnapshotTable:
     """The leases and the configuration as last read. Knows nothing of connections."""
 
     def __init__(
         self,
         prefix: str,
-        status: EtcdStatus,
+        status: StoreStatus,
         held: Callable[[], frozenset[str]],
         reader: LeaseReader,
         *,
@@ -131,6 +100,9 @@ class SnapshotTable:
         self.leases: dict[str, Lease] = {}
         self.config: NetworkConfig | None = None
         self.revision = 0
+        """Up to which the leases are known; ``config_revision``: the configuration. Two watches are two streams of
+        events, and neither tells how far the other one is."""
+        self.config_revision = 0
 
     def snapshot(self) -> LeaseSnapshot | None:
         """The state now, None while there has never been a usable configuration."""
@@ -171,7 +143,7 @@ class SnapshotTable:
             changed |= self._drop(key for key in gone if key not in self._lingering)
         else:
             changed |= self._drop(gone)
-        self.revision = revision
+        self.revision = self.config_revision = revision
         return changed
 
     def apply(self, events: Iterable[Any], wiped: bool = False) -> bool:
@@ -180,8 +152,8 @@ class SnapshotTable:
         gone: dict[str, None] = {}
         for event in events:
             kv = event.kv
-            self.revision = max(self.revision, kv.mod_revision)
             if kv.key.startswith(self._subnets):
+                self.revision = max(self.revision, kv.mod_revision)
                 key = kv.key[len(self._subnets) :].decode("utf-8", "replace")
                 if event.type == PUT:
                     changed |= self._put(kv)
@@ -189,6 +161,7 @@ class SnapshotTable:
                 else:
                     gone[key] = None
             elif kv.key == self._config_key:
+                self.config_revision = max(self.config_revision, kv.mod_revision)
                 changed |= self._set_config(kv.value if event.type == PUT else None)
         if wiped or self._config_text is None:
             self._linger([key for key in gone if key in self.leases])
@@ -217,7 +190,7 @@ class SnapshotTable:
             value_hash = hash(kv.value)
             if self._bad.get(key) != value_hash:
                 self._bad[key] = value_hash
-                self._status.counts["bad_key"] += 1
+                self._status.count("bad_key")
                 known = "its last good value stays in use" if key in self.leases else "it is ignored"
                 remedy = f"etcdctl del {self._subnets.decode()}{key}"
                 log.warning(f"unreadable lease in etcd; {known}", key=key, error=str(error), to_remove_it=remedy)
@@ -269,7 +242,7 @@ class SnapshotTable:
                 raise ConfigMissing(f"{key} is gone; write it again: {write_config(key.removesuffix('/config'))}")
             config = validate_for_allocation(parse_network_config(text.decode("utf-8", "replace")))
         except StoreError as error:
-            self._status.counts[error.cause] += 1
+            self._status.count(error.cause)
             if self.config is not None:  # else there is nobody to serve yet, and who asked for it is told
                 self._status.config_error = unused(f"{key}: {error}" if text is not None else str(error))
             return False

@@ -17,9 +17,9 @@ import grpc
 from etcd3 import etcdrpc
 
 from subnet_lease.etcd_connection import EtcdConnection
-from subnet_lease.etcd_table import PUT, EtcdStatus, LeaseReader, SnapshotTable
+from subnet_lease.etcd_table import PUT, LeaseReader, SnapshotTable
 from subnet_lease.lease import LeaseSnapshot
-from subnet_lease.store import ConfigMissing, StoreError, StoreUnavailable, write_config
+from subnet_lease.store import ConfigMissing, StoreError, StoreStatus, StoreUnavailable, write_config
 
 QUIET: Final = 4.0
 """Seconds without a message after which the watch is asked for a sign of life."""
@@ -43,12 +43,13 @@ class StreamEnded(Exception):
 class WatchStream:
     """One stream that watches some ranges, read by a thread of its own into a queue, so that a burst is one item."""
 
-    def __init__(self, connection: EtcdConnection, ranges: Iterable[tuple[bytes, bytes]], start_revision: int) -> None:
+    def __init__(self, connection: EtcdConnection, ranges: Iterable[tuple[bytes, bytes, int]]) -> None:
+        """``ranges``: first key, end (b"" for that one key), and the last revision that is known."""
         self._connection = connection
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._responses: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for key, end in ranges:
-            create = etcdrpc.WatchCreateRequest(key=key, range_end=end, start_revision=start_revision)
+        for key, end, known in ranges:
+            create = etcdrpc.WatchCreateRequest(key=key, range_end=end, start_revision=known + 1)
             self._requests.put(etcdrpc.WatchRequest(create_request=create))
         self._call = connection.watch(iter(self._requests.get, None))
         self._thread = threading.Thread(target=self._read, name="etcd-watch", daemon=True)
@@ -113,7 +114,7 @@ class SnapshotWatch:
         self,
         connection: EtcdConnection,
         prefix: str,
-        status: EtcdStatus,
+        status: StoreStatus,
         held: Callable[[], frozenset[str]],
         reader: LeaseReader | None = None,
         *,
@@ -206,8 +207,10 @@ class SnapshotWatch:
         return any((kv.mod_revision, kv.lease, hash(kv.value)) == mark for kv in kvs)
 
     def _follow(self) -> Iterator[LeaseSnapshot]:
-        """Watch from the revision after the last one read, until the stream ends."""
-        self._stream = stream = WatchStream(self._connection, self._ranges, self._table.revision + 1)
+        """Watch from the revisions after the last ones read, until the stream ends."""
+        known = (self._table.config_revision, self._table.revision)
+        ranges = [(*each, revision) for each, revision in zip(self._ranges, known, strict=True)]
+        self._stream = stream = WatchStream(self._connection, ranges)
         try:
             if self._closed.is_set():
                 return

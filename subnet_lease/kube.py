@@ -34,7 +34,7 @@ from subnet_lease.kube_objects import Node
 from subnet_lease.kube_own_node import OwnNode, enabled_families, shown
 from subnet_lease.kube_policies import PolicyNotice
 from subnet_lease.kube_report import NodeCondition
-from subnet_lease.kube_watch import Health, ListWatch, NodeFold
+from subnet_lease.kube_watch import ListWatch, NodeFold
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints
 from subnet_lease.network_config import NetworkConfig
 from subnet_lease.store import (
@@ -43,6 +43,7 @@ from subnet_lease.store import (
     LeaseRequest,
     SetupError,
     StoreError,
+    StoreStatus,
     SubnetTaken,
     unused,
 )
@@ -88,7 +89,7 @@ class KubeStore:
         self._api.leave = self._leave_watches
         self._own = OwnNode(self._api, self._keys, node_name, (pod_namespace, pod_name))
         self._file = ConfigFile(Path(net_config_path))
-        self._health = Health()
+        self._health = StoreStatus()
         self._set_condition = set_network_unavailable
         self._condition = NodeCondition(self._api, self._own.name, self._own.events)
         self._policies = PolicyNotice(self._api, self._own.name, self._own.events) if policy_notice else None
@@ -99,7 +100,7 @@ class KubeStore:
         self._closed = threading.Event()
 
     @property
-    def status(self) -> Health:
+    def status(self) -> StoreStatus:
         return self._health
 
     @property

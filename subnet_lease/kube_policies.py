@@ -16,8 +16,8 @@ import structlog
 from subnet_lease.kube_api import Api
 from subnet_lease.kube_objects import Change, NetworkPolicy, Reference, Selector
 from subnet_lease.kube_report import Events
-from subnet_lease.kube_watch import Health, ListWatch
-from subnet_lease.store import StoreError
+from subnet_lease.kube_watch import ListWatch
+from subnet_lease.store import StoreError, StoreStatus
 
 SETTLE: Final = 2.0
 """Upper bound, in seconds, of the random wait before a new policy's pods are looked up: every node asks at once."""
@@ -40,7 +40,7 @@ class PolicyNotice:
         self._due: set[tuple[str, str]] = set()
         self._wake = threading.Event()
         self._closed = threading.Event()
-        self._watch = ListWatch(api, NetworkPolicy, self, Health())
+        self._watch = ListWatch(api, NetworkPolicy, self, StoreStatus())
         self._thread = threading.Thread(target=self._run, name="kube-policy-notice", daemon=True)
 
     def start(self) -> None:

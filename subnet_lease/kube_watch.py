@@ -1,8 +1,8 @@
 """List and watch, folded: the nodes of a cluster as leases, kept complete.
 
 Three parts. ``ListWatch`` is a thread that lists once, then follows the watch from the list's resource version, and
-starts over only when the server no longer knows that version. ``NodeFold`` turns what it says into leases. ``Health``
-is what both leave behind for /readyz and /metrics.
+starts over only when the server no longer knows that version. ``NodeFold`` turns what it says into leases. Both
+leave word of how it goes in a ``StoreStatus``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from subnet_lease.kube_api import Api, Gone, Watch
 from subnet_lease.kube_objects import Change, Node, Watched
 from subnet_lease.lease import Lease
 from subnet_lease.network_config import NetworkConfig
-from subnet_lease.store import StoreError
+from subnet_lease.store import StoreError, StoreStatus
 
 _FIRST_DELAY: Final = 0.2
 _LAST_DELAY: Final = 5.0
@@ -30,37 +30,6 @@ _LAST_DELAY: Final = 5.0
 for the same API server."""
 
 _log = structlog.get_logger("kube")
-
-
-class Health:
-    """How the connection fares; written by the threads that use it, read by others."""
-
-    def __init__(self) -> None:
-        self.last_contact: float | None = None
-        self.last_error: str | None = None
-        self.fault = ""
-        self.config_error: str | None = None
-        self._errors: dict[str, int] = {}
-
-    @property
-    def errors(self) -> dict[str, int]:
-        return dict(self._errors)
-
-    def alive(self) -> None:
-        self.last_contact = time.monotonic()
-        if self.last_error is not None:
-            _log.debug("the Kubernetes API answers again")
-            self.last_error, self.fault = None, ""
-
-    def failed(self, error: StoreError) -> None:
-        """Count it. The daemon tells it, if nobody else meets the same fault."""
-        self.count(error.cause)
-        if error.fault != self.fault:
-            _log.debug("watching Kubernetes failed; the last known state stays in use", error=str(error))
-        self.last_error, self.fault = str(error), error.fault
-
-    def count(self, cause: str) -> None:
-        self._errors[cause] = self._errors.get(cause, 0) + 1
 
 
 def same_content(a: Lease, b: Lease) -> bool:
@@ -81,7 +50,9 @@ class Handler(Protocol[Watched]):
 class ListWatch(Generic[Watched]):
     """Feeds a handler until ``close``; survives everything."""
 
-    def __init__(self, api: Callable[[], Api], kind: type[Watched], handler: Handler[Watched], health: Health) -> None:
+    def __init__(
+        self, api: Callable[[], Api], kind: type[Watched], handler: Handler[Watched], health: StoreStatus
+    ) -> None:
         self._api = api
         self._kind: type[Watched] = kind
         self._handler: Handler[Watched] = handler

@@ -6,13 +6,19 @@ daemon's business (``StoreError.transient``), what to do with what is read is no
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import ClassVar, Protocol
 
+import structlog
+
 from subnet_lease.lease import IPNetwork, Lease, LeaseAttrs, LeaseSnapshot, NodeHints, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
+
+log = structlog.get_logger("flanneld")
 
 
 class StoreError(Exception):
@@ -129,28 +135,40 @@ def unused(problem: str) -> str:
     return f"the stored network configuration is not used, the last good one stays: {problem}"
 
 
-class StoreStatus(Protocol):
-    """How the connection fares: read by /readyz and /metrics, from another thread."""
+class StoreStatus:
+    """How the connection fares; written by the store's threads, read by /readyz and /metrics in others."""
 
-    @property
-    def last_contact(self) -> float | None:
+    def __init__(self) -> None:
+        self.last_contact: float | None = None
         """time.monotonic() of the last proof that the watch is alive, None before the first."""
-
-    @property
-    def last_error(self) -> str | None:
-        """The failure that the watch is in now, None while it is well."""
-
-    @property
-    def fault(self) -> str:
-        """``StoreError.fault`` of that failure, "" while it is well."""
+        self.failure: StoreError | None = None
+        """What the watch fails with now, None while it is well."""
+        self.config_error: str | None = None
+        """Why the configuration that is stored now is not the one in use, None while it is."""
+        self._errors: Counter[str] = Counter()
 
     @property
     def errors(self) -> dict[str, int]:
         """Failures so far, by cause; bad keys count under bad_key."""
+        return dict(self._errors)
 
-    @property
-    def config_error(self) -> str | None:
-        """Why the configuration that is stored now is not the one in use, None while it is."""
+    def alive(self) -> None:
+        """The watch has just been heard of."""
+        self.last_contact = time.monotonic()
+        if self.failure is not None:
+            self.failure = None
+            log.debug("the watch on the store works again")
+
+    def failed(self, error: StoreError) -> None:
+        """Count a failure of the watch. The daemon tells it, if nobody else meets the same fault (flanneld/status.py)."""
+        self.count(error.cause)
+        if self.failure is None or error.fault != self.failure.fault:
+            log.debug("the watch on the store fails; what was last known stays in use", error=str(error))
+        self.failure = error
+
+    def count(self, cause: str) -> None:
+        """Count what does not end the watch."""
+        self._errors[cause] += 1
 
 
 class LeaseStore(Protocol):

@@ -151,7 +151,7 @@ class KubeAccess:
             return answers.get(timeout=KUBE_WAIT)
         except queue.Empty:
             assert self._store is not None
-            reason = self._store.status.last_error or "no answer"
+            reason = self._store.status.failure or "no answer"
             raise Problem(
                 f"the Kubernetes API showed no nodes within {KUBE_WAIT:.0f} s: {reason}",
                 "check --kube-api-url and --kubeconfig-file, and that flanneld runs on a node",

@@ -8,6 +8,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+patience = 1.0
+"""What every timeout is multiplied by, for a machine that does something else meanwhile. The tests set it."""
+
 
 class NotYet(AssertionError):
     """What was awaited did not come true in time; the text says what it was and what was there instead."""
@@ -21,10 +24,11 @@ def wait_until(
 ) -> T:
     """Ask until ``predicate`` answers with something true; that answer.
 
-    ``timeout`` and ``interval`` are seconds. An AssertionError, OSError or CommandFailed (a RuntimeError) inside the
+    ``timeout`` (times ``patience``) and ``interval`` are seconds. An AssertionError, OSError or CommandFailed (a RuntimeError) inside the
     predicate means "not yet". NotYet holds the message, which may be a function that looks at the end state, and the
     predicate's last answer.
     """
+    timeout *= patience
     deadline = time.monotonic() + timeout
     while True:
         last: object

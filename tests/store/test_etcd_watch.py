@@ -74,7 +74,7 @@ def test_new_connections_miss_nothing_and_are_no_failure(network: Network) -> No
             put(network, number + 10)
         wait_until(lambda: len(follower.keys) == 9)
     assert store.read_config()
-    assert not store.status.errors and store.status.last_error is None
+    assert not store.status.errors and store.status.failure is None
     assert not lines
 
 
@@ -123,17 +123,17 @@ def test_watch_waits_for_a_configuration(network: Network) -> None:
     network.etcd.ctl("del", f"{network.prefix}/config")
     store = network.store()
     follower = network.follow(store)
-    wait_until(lambda: "no usable network configuration" in (store.status.last_error or ""))
+    wait_until(lambda: "no usable network configuration" in str(store.status.failure))
     network.configure()
     wait_until(lambda: follower.snapshots)
-    wait_until(lambda: store.status.last_error is None)
+    wait_until(lambda: store.status.failure is None)
 
 
 def test_watch_opens_before_etcd_is_there(own_network: Network) -> None:
     own_network.etcd.stop()
     store = own_network.store()
     follower = own_network.follow(store)
-    wait_until(lambda: own_network.etcd.endpoint in (store.status.last_error or ""))
+    wait_until(lambda: own_network.etcd.endpoint in str(store.status.failure))
     own_network.etcd.start()
     wait_until(lambda: follower.snapshots, timeout=30)
 
@@ -190,12 +190,12 @@ def test_a_dead_connection_is_noticed_and_outlasted(network: Network, monkeypatc
         heard = store.status.last_contact
         wait_until(lambda: (store.status.last_contact or 0) > (heard or 0))  # without any event
         wire.freeze()
-        wait_until(lambda: store.status.last_error)
+        wait_until(lambda: store.status.failure)
         stale = store.status.last_contact or 0.0
         time.sleep(0.2)
         assert store.status.last_contact == stale  # the watch age grows
         wire.mend()
-        wait_until(lambda: store.status.last_error is None, timeout=30)
+        wait_until(lambda: store.status.failure is None, timeout=30)
         also = put(network, 2)
         wait_until(lambda: follower.keys == {key, also})
 
@@ -208,14 +208,14 @@ def test_etcd_restarts(own_network: Network) -> None:
     wait_until(lambda: follower.keys == {key})
     with capture_logs() as lines:
         own_network.etcd.stop()
-        wait_until(lambda: store.status.last_error)
+        wait_until(lambda: store.status.failure)
         own_network.etcd.start()
         also = put(own_network, 2)
         wait_until(lambda: follower.keys == {key, also}, timeout=30)
-        wait_until(lambda: store.status.last_error is None)
+        wait_until(lambda: store.status.failure is None)
     # One line when it breaks (a second if the reason changes meanwhile), one when it heals.
     assert 2 <= len(lines) <= 4
-    assert lines[-1]["event"] == "the watch on etcd works again"
+    assert lines[-1]["event"] == "the watch on the store works again"
 
 
 @pytest.mark.field_problem(14)

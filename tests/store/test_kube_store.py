@@ -410,10 +410,10 @@ def test_an_unreachable_server_is_waited_for(fake, make_store):
         store.acquire(store.read_config(), REQUEST)
     assert fake.url in str(caught.value)
     watcher = Watcher(store)
-    wait_until(lambda: store.status.last_error is not None)
+    wait_until(lambda: store.status.failure is not None)
     fake.start()
     watcher.sees("10.244.2.0-24")
-    wait_until(lambda: store.status.last_error is None)
+    wait_until(lambda: store.status.failure is None)
 
 
 @pytest.mark.field_problem(8)
@@ -423,7 +423,7 @@ def test_a_server_that_goes_away_takes_nothing_with_it(fake, make_store):
     watcher = Watcher(store)
     watcher.sees("10.244.2.0-24")
     fake.stop()
-    wait_until(lambda: store.status.last_error is not None)
+    wait_until(lambda: store.status.failure is not None)
     fake.add_peer("n3", "10.244.3.0/24", "192.0.2.3", "02:00:00:00:00:03")
     lists = fake.count("list", "nodes")
     fake.start()
@@ -484,7 +484,7 @@ def test_a_server_that_answers_no_more_is_noticed_and_the_watch_goes_on_afterwar
     watcher.sees("10.244.2.0-24")
     fake.silent.set()
     fake.add_peer("n3", "10.244.3.0/24", "192.0.2.3", "02:00:00:00:00:03")
-    wait_until(lambda: watcher.store.status.last_error is not None, 20)
+    wait_until(lambda: watcher.store.status.failure is not None, 20)
     assert watcher.keys == {"10.244.2.0-24"}
     fake.silent.clear()
     watcher.sees("10.244.2.0-24", "10.244.3.0-24", timeout=20)
@@ -519,7 +519,7 @@ def test_a_forbidden_watch_shows_in_the_status_and_heals(fake, make_store):
     fake.forbidden.add(("list", "nodes"))
     store = make_store(fake)
     watcher = Watcher(store)
-    wait_until(lambda: 'verbs ["list"]' in (store.status.last_error or ""))
+    wait_until(lambda: 'verbs ["list"]' in str(store.status.failure))
     assert store.status.errors["access_denied"] >= 1
     fake.forbidden.clear()
     watcher.sees("10.244.2.0-24")
@@ -662,7 +662,7 @@ def test_new_connections_miss_nothing_and_are_no_failure(fake, make_store):
     store.reconnect()
     fake.add_node("n3", "10.244.3.0/24", annotations=peer_annotations("192.0.2.3", "02:00:00:00:00:03"))
     watcher.sees("10.244.2.0-24", "10.244.3.0-24")
-    assert not store.status.errors and store.status.last_error is None
+    assert not store.status.errors and store.status.failure is None
 
 
 def test_turning_a_family_on_reads_every_node_again(fake, make_store, net_conf):

@@ -69,7 +69,7 @@ def test_a_daemon_that_never_reached_its_store_says_so(lab: Lab) -> None:
     daemon = lab.hosts[0].start_daemon()
     wait_until(lambda: "lease" in reasons(daemon), 15, daemon.why_not)
     wait_until(lambda: daemon.get("/status").json()["store_errors"], 15, "the watch has failed, too")
-    assert list(reasons(daemon)) == ["lease", "kernel"]
+    wait_until(lambda: list(reasons(daemon)) == ["lease", "kernel"], 15, daemon.why_not)
     assert daemon.get("/status").json()["watch_age"] is None
     assert "never heard of" in lab.hosts[0].ctl("status").stdout
     told = [event["event"] for event in events(daemon) if event["level"] in ("error", "warning")]

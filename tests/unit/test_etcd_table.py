@@ -8,7 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subnet_lease.etcd_table import PUT, EtcdStatus, LeaseReader, SnapshotTable
+from subnet_lease.etcd_table import PUT, LeaseReader, SnapshotTable
+from subnet_lease.store import StoreStatus
 
 CONFIG = b'{"Network":"10.5.0.0/16"}'
 
@@ -18,7 +19,7 @@ def pair(key: str, value: bytes, revision: int) -> Any:
 
 
 def table(held: frozenset[str] = frozenset()) -> SnapshotTable:
-    made = SnapshotTable("/net", EtcdStatus(), lambda: held, LeaseReader())
+    made = SnapshotTable("/net", StoreStatus(), lambda: held, LeaseReader())
     made.replace([pair("config", CONFIG, 1)], 1)
     return made
 
@@ -85,3 +86,11 @@ def test_after_a_wipe_a_new_owner_replaces_the_lease_that_was_kept() -> None:
     assert folded.apply([SimpleNamespace(type=PUT, kv=pair("subnets/10.5.3.0-24", value(9), 5))])
     assert set(folded.leases) == {"10.5.2.0-25", "10.5.3.0-24"}
     assert folded.next_expiry is None
+
+
+def test_a_change_of_the_configuration_does_not_say_that_the_leases_are_known_up_to_there() -> None:
+    folded = table()
+    folded.apply([SimpleNamespace(type=PUT, kv=pair("config", b'{"Network":"10.5.0.0/16","SubnetLen":25}', 9))])
+    assert (folded.revision, folded.config_revision) == (1, 9)
+    assert folded.apply([SimpleNamespace(type=PUT, kv=pair("subnets/10.5.1.0-24", value(1), 8))])
+    assert (folded.revision, folded.config_revision) == (8, 9)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from backends.kernel_state import Interface, InterfaceAddress, RouteLookup
 from flanneld.board import Board
@@ -49,7 +50,8 @@ class MemoryStore:
         self._answer()
         self.claims += 1
         attrs = replace(request.attrs, node=request.identity)
-        return Lease(IPv4Network("10.5.7.0/24"), None, attrs, revision=self.claims, store_ref=1)
+        v6 = IPv6Network("fd05:0:0:7::/64") if config.network_of(6) else None
+        return Lease(IPv4Network("10.5.7.0/24"), v6, attrs, revision=self.claims, store_ref=1)
 
     def renew(self, lease: Lease) -> float:
         self._answer()
@@ -228,3 +230,24 @@ def test_an_invalid_configuration_names_itself_and_not_the_lease(tmp_path: Path)
         node.store.read_config()
     assert "not JSON" in (node.health.reason("config") or "")
     assert node.health.reason("lease") == "no lease yet"
+
+
+@pytest.mark.parametrize("carried_out", [False, True])
+def test_an_answer_that_got_lost_while_the_families_changed_is_no_lost_lease(node: Node, carried_out: bool) -> None:
+    """With ``carried_out`` etcd has done what it never answered, and the watch shows it before we ask again."""
+    (eth0,) = view().interfaces
+    both = (*eth0.addresses, InterfaceAddress("2001:db8::2/64"))
+    node.board.view = replace(view(), interfaces=(replace(eth0, addresses=both),))
+    node.show('{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd05::/48"}')
+    node.store.broken = StoreUnavailable("etcd does not answer")
+    assert not node.step()
+    node.store.broken = None
+    if carried_out:
+        assert node.board.snapshot is not None and node.board.lease is not None
+        moved = replace(node.board.lease, ipv6_subnet=IPv6Network("fd05:0:0:7::/64"), revision=9)
+        node.board.snapshot = replace(node.board.snapshot, leases={moved.key: moved}, revision=9)
+    with capture_logs() as lines:
+        assert node.step()
+    assert [line["event"] for line in lines if "lease" in line["event"]] == [
+        "lease follows the address families of the network"
+    ]
