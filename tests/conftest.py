@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from flanneld.lab import wait
 
 # What is awaited must come true; how fast it does is measured by script/bench, not by a test on a machine that may be
-# doing something else. FLANNELD_TEST_PATIENCE=1 holds the tests to the promised times.
-wait.patience = float(os.environ.get("FLANNELD_TEST_PATIENCE", "4"))
+# doing something else. TEST_PATIENCE=1 holds the tests to the promised times.
+wait.patience = float(os.environ.get("TEST_PATIENCE", "4"))
 
 # A shared machine stalls now and then; what a property costs is judged by the whole run's time limit.
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
