@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from backends.kernel_state import Record
+from backends.kernel_state import Record, RouteLookup
 from subnet_lease.lease import FAMILIES, Family, IPAddress, IPNetwork, Lease
 from subnet_lease.network_config import NetworkConfig
 
@@ -38,7 +38,9 @@ class Underlay:
     ``local`` is bound on this host, ``public`` is what peers send to; behind NAT they differ (field problem 21).
     ``prefixes`` are the on-link networks of the interface. ``mtu`` is the interface's, in bytes. ``pinned`` are the
     families whose packets the routing table would send by another interface, although this one has a default route,
-    too: a tunnel that can name its interface does so (field problem 34). ``index`` tells an interface from another one
+    too: a tunnel that can name its interface does so (field problem 34). ``ways_out`` are the families in which the
+    kernel, left to itself, may send from another address or interface, each with the default route to be used: this
+    interface's, else the one in use; None where there is none. ``index`` tells an interface from another one
     that later has the same name.
     """
 
@@ -48,6 +50,7 @@ class Underlay:
     public: Mapping[Family, IPAddress]
     prefixes: tuple[IPNetwork, ...] = ()
     pinned: frozenset[Family] = frozenset()
+    ways_out: Mapping[Family, RouteLookup | None] = field(default_factory=dict)
     index: int = 0
 
 

@@ -22,6 +22,9 @@ ROUTE_PROTOCOL: Final = 241
 Unassigned in the kernel's include/uapi/linux/rtnetlink.h and in iproute2's rt_protos: it says who wrote the route.
 """
 
+UPLINKS: Final[Mapping[str, int]] = {"flannel-wg": 2410, "flannel-wg-v6": 2420}
+"""The number of a tunnel's ``Uplink``, by device: that of its table, and of the first of its rules (by priority)."""
+
 BLACKHOLE_METRIC: Final = 4096
 """Behind every route that leads somewhere (0 for IPv4, 1024 for IPv6), which must win while it is there."""
 
@@ -38,12 +41,13 @@ class Kind(enum.IntEnum):
     LINK = 1
     SYSCTL = 2
     ADDRESS = 3
-    FDB = 4
-    NEIGHBOUR = 5
-    TUNNEL_PEER = 6
-    ROUTE = 7
-    FIREWALL = 8
-    HOOK = 9
+    UPLINK = 4
+    FDB = 5
+    NEIGHBOUR = 6
+    TUNNEL_PEER = 7
+    ROUTE = 8
+    FIREWALL = 9
+    HOOK = 10
 
     # An Enum hashes its name, in Python; keys are hashed by the ten thousand.
     __hash__ = int.__hash__
@@ -212,6 +216,27 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class Uplink:
+    """Routes of their own for what one UDP port of this host sends, by policy rules and a table.
+
+    For ``tunnel``, one of ``UPLINKS``, which cannot be told interface and source address of its packets. ``routes`` are
+    as in the main table, sorted by ``dst``. What is wrong with the rules of an observed Uplink is in ``defects``, empty
+    in a desired one.
+    """
+
+    kind: ClassVar[Kind] = Kind.UPLINK
+    tunnel: str
+    family: Literal[4, 6]
+    port: int
+    routes: tuple[Route, ...]
+    defects: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return (Kind.UPLINK, self.tunnel, self.family)
+
+
+@dataclass(frozen=True, slots=True)
 class WireguardPeer:
     """A peer of a WireGuard device. ``endpoint`` is host:port or [host]:port; ``preshared_key`` stays out of reprs."""
 
@@ -295,7 +320,7 @@ class Hook:
         return (Kind.HOOK, self.name)
 
 
-Record = Link | Sysctl | Address | FdbEntry | Neighbour | Route | WireguardPeer | UdpPeer | Firewall | Hook
+Record = Link | Sysctl | Address | Uplink | FdbEntry | Neighbour | Route | WireguardPeer | UdpPeer | Firewall | Hook
 KernelState = Mapping[Key, Record]
 
 

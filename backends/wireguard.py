@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from backends.backend import BackendError, Host, PeerRefused, Published, Underlay, by_family, peer_address
-from backends.kernel_state import BLACKHOLE_METRIC, ROUTE_PROTOCOL, Address, Link, Record, Route, WireguardPeer
+from backends.kernel_state import BLACKHOLE_METRIC, ROUTE_PROTOCOL, Address, Link, Record, Route, Uplink, WireguardPeer
 from backends.kernel_state import Wireguard as WireguardSettings
 from subnet_lease.go_json import decode_options
 from subnet_lease.lease import FAMILIES, Family, Lease
@@ -95,6 +95,7 @@ class Wireguard:
         for device in sorted({self._device(family) for family in host.families}):
             settings = WireguardSettings(self._device_port(device), host.facts["wireguard_key"])
             yield Link(name=device, settings=settings, mtu=mtu)
+            yield from self._uplinks(host.underlay, device)
         for family in host.families:
             subnet = host.subnets[family]
             yield Address(self._device(family), f"{subnet.network_address}/{subnet.max_prefixlen}")
@@ -103,6 +104,16 @@ class Wireguard:
             yield Route(network, self._device(family), link_scope=family == 4)
             # While the device is not there, its packets go nowhere, rather than to the default gateway in the clear.
             yield Route(network, None, type="blackhole", metric=BLACKHOLE_METRIC, protocol=ROUTE_PROTOCOL)
+
+    def _uplinks(self, underlay: Underlay, device: str) -> Iterator[Uplink]:
+        """WireGuard sends as the routing table says; a table of its own says the chosen interface and address."""
+        for family in underlay.ways_out:
+            if self.options.Mode == "separate":
+                carried = self._device(family) == device
+            else:
+                carried = self.options.Mode in ("auto", f"ipv{family}")
+            if carried:
+                yield Uplink(device, family, self._device_port(device), _ways(underlay, family))
 
     def peer_state(self, host: Host, peer: Lease) -> tuple[Record, ...]:
         if self.options.Mode == "separate":
@@ -165,6 +176,23 @@ class Wireguard:
 
     def _port(self, family: Family) -> int:
         return self._device_port(self._device(family))
+
+
+def _ways(underlay: Underlay, family: Family) -> tuple[Route, ...]:
+    """The routes of the chosen interface's own networks, and of all others, with the chosen address as source."""
+    src = str(underlay.local[family])
+    networks = {str(prefix) for prefix in underlay.prefixes if prefix.version == family}
+    routes = [
+        Route(network, underlay.name, src=src, link_scope=family == 4, protocol=ROUTE_PROTOCOL) for network in networks
+    ]
+    way = underlay.ways_out[family]
+    if way is not None:
+        everything = "0.0.0.0/0" if family == 4 else "::/0"
+        gateway, scoped = way.via is not None, family == 4 and way.via is None
+        routes.append(
+            Route(everything, way.dev, way.via, onlink=gateway, src=src, link_scope=scoped, protocol=ROUTE_PROTOCOL)
+        )
+    return tuple(sorted(routes, key=lambda route: route.dst))
 
 
 def is_key(text: str) -> bool:

@@ -23,7 +23,7 @@ from cni.daemon_status import hold_lock
 from flanneld.board import Board
 from flanneld.dataplane.assemble import make_dataplane, prepare_for_first_start
 from flanneld.dataplane.dataplane import Dataplane
-from flanneld.dataplane.host_check import host_warnings, route_warning
+from flanneld.dataplane.host_check import host_warnings
 from flanneld.dataplane.netfilter import Netfilter
 from flanneld.desired import Standing
 from flanneld.http import Answer, HealthServer, as_json, text
@@ -205,8 +205,6 @@ class Daemon:
             self._next_host_check = now + HOST_CHECK_INTERVAL
             iptables = any(wanted.mode == "iptables" for wanted in standing.firewalls)
             self.health.warn("host", host_warnings(standing.host.families, iptables=iptables))
-        underlay = standing.host.underlay
-        self.health.warn("route", route_warning(standing.backend.name, underlay.name, bool(underlay.pinned)))
 
     def _health_changed(self) -> None:
         reasons = self.health.reasons

@@ -5,6 +5,7 @@
 * On our devices: every address that is not link-local, permanent neighbour, FDB entry, tunnel peer, and every route
   that the kernel did not add itself.
 * On other devices: routes with our protocol number, inside our network.
+* Uplinks: by the name of their tunnel, if that device is ours or gone.
 * Firewall tables and chains, and hooks: by name.
 """
 
@@ -20,6 +21,7 @@ from backends.kernel_state import (
     Record,
     Route,
     Sysctl,
+    Uplink,
     is_flannel_device,
 )
 from flanneld.plan import Owned, device_of
@@ -32,6 +34,8 @@ KERNEL_PROTOCOLS = frozenset({2, 9})
 def ownership(interfaces: Iterable[Interface], networks: Iterable[IPNetwork], desired_devices: frozenset[str]) -> Owned:
     """A predicate over observed records: is this ours to remove?"""
     ours = tuple(networks)
+    interfaces = tuple(interfaces)
+    names = {interface.name for interface in interfaces}
     devices = desired_devices | {
         interface.name
         for interface in interfaces
@@ -43,6 +47,8 @@ def ownership(interfaces: Iterable[Interface], networks: Iterable[IPNetwork], de
             return record.name in devices
         if isinstance(record, Sysctl):
             return False
+        if isinstance(record, Uplink):
+            return record.tunnel in devices or record.tunnel not in names
         if isinstance(record, Route):
             if record.protocol in KERNEL_PROTOCOLS:
                 return False

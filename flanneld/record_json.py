@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-from backends.kernel_state import Firewall, Link, LinkSettings, Record, Rule, Wireguard, WireguardPeer
+from backends.kernel_state import Firewall, Link, LinkSettings, Record, Route, Rule, Uplink, Wireguard, WireguardPeer
 
 _RECORDS: Final[dict[str, Any]] = {kind.__name__: kind for kind in Record.__args__}
 _SETTINGS: Final[dict[str, Any]] = {kind.__name__: kind for kind in LinkSettings.__args__}
@@ -41,6 +41,8 @@ def from_json(value: dict[str, Any]) -> Record:
             fields["settings"] = _SETTINGS[settings.pop("of")](**settings)
         elif kind is Firewall:
             fields["rules"] = tuple(Rule(**rule) for rule in value["rules"])
+        elif kind is Uplink:
+            fields["routes"] = tuple(Route(**route) for route in value["routes"])
         record: Record = kind(**fields)
     except (KeyError, TypeError) as error:
         raise ValueError(f"not a record that this version knows: {value!r} ({error})") from None

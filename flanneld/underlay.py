@@ -70,6 +70,7 @@ def choose_underlay(view: View, choice: Choice) -> Underlay:
         public={family: choice.public.get(family, local[family]) for family in choice.families},
         prefixes=_prefixes(interface),
         pinned=frozenset(f for f in choice.families if _leads_elsewhere(view.default.get(f, ()), interface.name)),
+        ways_out=_ways_out(view, interface, local),
         index=interface.index,
     )
 
@@ -87,6 +88,30 @@ def _mtu(view: View, choice: Choice, interface: Interface) -> int:
 def _leads_elsewhere(routes: tuple[RouteLookup, ...], name: str) -> bool:
     """Whether an interface has a default route of its own, but not the one in use."""
     return bool(routes) and routes[0].dev != name and any(route.dev == name for route in routes)
+
+
+def _ways_out(view: View, interface: Interface, local: Mapping[Family, IPAddress]) -> dict[Family, RouteLookup | None]:
+    """What ``Underlay.ways_out`` says. The kernel sends from a route's own source address, else from one of its device's."""
+    found: dict[Family, RouteLookup | None] = {}
+    for family, address in local.items():
+        used = next(iter(view.default.get(family, ())), None)
+        own = next((route for route in view.default.get(family, ()) if route.dev == interface.name), None)
+        alone = _addresses_of(interface, family) == 1
+        if used is None:
+            by_itself = alone or interface.loopback
+        elif used.dev == interface.name:
+            by_itself = used.src == str(address) or (used.src is None and alone)
+        else:
+            by_itself = own is None and used.src == str(address)
+        if not by_itself:
+            found[family] = own or used
+    return found
+
+
+def _addresses_of(interface: Interface, family: Family) -> int:
+    """How many addresses of an interface the kernel may take as the source of a packet that leaves the link."""
+    found = (ip_interface(address.address).ip for address in interface.addresses)
+    return sum(ip.version == family and not ip.is_link_local for ip in found)
 
 
 def best_address(interface: Interface, family: Family, wanted: IPAddress | None = None) -> IPAddress | None:

@@ -253,6 +253,7 @@ def describe(record: Record) -> str:
     shown = {k: v for k, v in fields.items() if v not in (None, False, (), "") and k not in secret}
     if isinstance(shown.get("settings"), dict):
         shown["settings"] = {k: v for k, v in shown["settings"].items() if k not in secret}
-    if "rules" in shown:
-        shown["rules"] = len(shown["rules"])
+    for many in ("rules", "routes"):
+        if many in shown:
+            shown[many] = len(shown[many])
     return " ".join(f"{key}={value}" for key, value in shown.items())

@@ -30,6 +30,7 @@ from flanneld.dataplane import rare
 from flanneld.dataplane.dataplane import Dataplane
 from flanneld.dataplane.handler import Handler
 from flanneld.dataplane.netfilter import Netfilter
+from flanneld.dataplane.uplink import UplinkHandler
 
 
 class Lazy:
@@ -77,7 +78,12 @@ class Lazy:
 
 def make_dataplane(hooks_file: Path | None = None, netfilter: Netfilter | None = None) -> Dataplane:
     """For this thread and its network namespace. ``hooks_file`` remembers which commands have run."""
-    handlers: list[Handler] = [netfilter or Netfilter(), Lazy(_asks_wireguard, _wireguard), Lazy(_asks_udp, _udp)]
+    handlers: list[Handler] = [
+        netfilter or Netfilter(),
+        UplinkHandler(),
+        Lazy(_asks_wireguard, _wireguard),
+        Lazy(_asks_udp, _udp),
+    ]
     if hooks_file is not None:
         remembered = hooks_file
         hooks = Lazy(lambda record: isinstance(record, Hook), lambda: _hooks(remembered))

@@ -35,7 +35,7 @@ from flanneld.dataplane.follow import Follower
 from flanneld.dataplane.handler import Handler
 from flanneld.dataplane.look import Look
 from flanneld.dataplane.mirror import with_settings_of
-from flanneld.dataplane.netlink import MONITOR_BUFFER, Monitor, Netlink
+from flanneld.dataplane.netlink import MONITOR_BUFFER, Monitor, Netlink, own_changes_left_out
 from flanneld.dataplane.sysctl import Sysctls
 from flanneld.dataplane.view import View
 from flanneld.dataplane.write import Writer
@@ -52,7 +52,7 @@ class Dataplane:
         self._sysctls = Sysctls()
         self._sysctl_keys: set[Key] = set()
         self._netlink = Netlink()
-        self._monitor = Monitor(self._netlink.port_id, monitor_buffer)
+        self._monitor = Monitor(own_changes_left_out(self._netlink.port_id), receive_buffer=monitor_buffer)
         self._view = View()
         self._follower = Follower(self._monitor, self._view)
         self._look = Look(self._netlink, self._follower, self._view)

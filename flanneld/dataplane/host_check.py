@@ -13,17 +13,6 @@ Family = Literal[4, 6]
 FORWARDING: Final[dict[Family, str]] = {4: "net/ipv4/ip_forward", 6: "net/ipv6/conf/all/forwarding"}
 
 
-def route_warning(backend: str, interface: str, pinned: bool) -> tuple[str, ...]:
-    """WireGuard cannot be told which interface to use. ``pinned``: the routing table would use another than ours."""
-    if backend != "wireguard" or not pinned:
-        return ()
-    return (
-        f"packets to hosts beyond the link of {interface} leave by another interface, whose default route is in use, and"
-        f" WireGuard cannot be told otherwise: give the default route of {interface} the lowest metric, or add routes to"
-        " those hosts",
-    )
-
-
 def host_warnings(families: Iterable[Family], *, iptables: bool, proc_sys: Path = Path("/proc/sys")) -> tuple[str, ...]:
     """Sentences that name the setting and the remedy; empty is good."""
     families = tuple(families)

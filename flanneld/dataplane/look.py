@@ -38,6 +38,7 @@ from flanneld.dataplane.wire import (
     RTM_NEWLINK,
     RTMSG,
     U32,
+    as_main,
     attribute,
     decode_address,
     decode_neighbour,
@@ -211,7 +212,7 @@ class Look:
                 return None
             raise
         _, _, start, end = next(messages(data))
-        body = _as_main(data[start:end])
+        body = as_main(data[start:end])
         route = decode_route(body, 0, len(body), None, self._view.interfaces.names or self._names())
         return None if route is None or route.dev is None else RouteLookup(route.dev, route.via, route.src)
 
@@ -244,9 +245,3 @@ class Look:
         """Before the first observe there is no table of interfaces yet."""
         links = [decode_link(*found) for found in self._dump(RTM_GETLINK, link_wire.dump_body())]
         return {link.index: link.name for link in links}
-
-
-def _as_main(body: bytes) -> bytes:
-    """The answer to a lookup is a clone, perhaps of another table's route; this reads like one of the main table."""
-    family, dst_len, src_len, _, _, protocol, scope, kind, _ = RTMSG.unpack_from(body)
-    return RTMSG.pack(family, dst_len, src_len, 0, MAIN_TABLE, protocol, scope, kind, 0) + body[12:]

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from flanneld.dataplane.wire import (
+    COMPAT_TABLE,
     HEADER,
     NLM_F_ACK,
     NLM_F_DUMP,
@@ -45,6 +46,10 @@ MONITOR_BUFFER: Final = 16 << 20
 """Room for about 15,000 messages: the flush of a whole device. It is a limit, not memory that is taken."""
 ANSWER_SECONDS: Final = 30
 DUMP_TRIES: Final = 8
+
+Program = tuple[tuple[int, int, int, int], ...]
+"""Classic BPF: code, jump if true, jump if false, constant. BPF loads in network order, netlink writes in host order:
+htons and htonl make the constants match."""
 
 Message = tuple[int, int, bytes]
 """Type, flags beyond NLM_F_REQUEST, body."""
@@ -214,18 +219,19 @@ def _error(data: bytes, flags: int) -> NetlinkError | None:
 
 
 class Monitor:
-    """What the kernel says about links, addresses, routes, neighbours and forwarding entries.
+    """What the kernel says to some groups, as far as a socket filter lets it through.
 
-    Those about routes and neighbours that the socket ``port_id`` put, or routes that it removed, are left out in the
-    kernel already, by a socket filter: we know them from their acknowledgements. (What the kernel says about a removed
-    neighbour, or about forwarding entries, does not tell who asked.)
+    By default: links, addresses, routes, neighbours and forwarding entries, but for what ``leaves_out`` says.
     """
 
-    def __init__(self, port_id: int, receive_buffer: int = MONITOR_BUFFER) -> None:
+    def __init__(self, program: Program, groups: Sequence[int] = GROUPS, receive_buffer: int = MONITOR_BUFFER) -> None:
         self._sock = _open(receive_buffer)
         self._sock.setblocking(False)
-        self._leave_out(port_id)
-        for group in GROUPS:
+        held = array.array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
+        self._sock.setsockopt(
+            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), held.buffer_info()[0])
+        )
+        for group in groups:
             self._sock.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
 
     def fileno(self) -> int:
@@ -243,22 +249,33 @@ class Monitor:
             except BlockingIOError:
                 return
 
-    def _leave_out(self, port_id: int) -> None:
-        """A classic BPF program: drop routes and new neighbours whose nlmsg_pid is ours.
 
-        BPF loads in network order, netlink writes in host order: htons and htonl make the constants match.
-        """
-        program = (
-            (0x28, 0, 0, 4),  # ldh [4]: nlmsg_type
-            (0x15, 2, 0, socket.htons(RTM_NEWROUTE)),  # jeq: look at the sender
-            (0x15, 1, 0, socket.htons(RTM_DELROUTE)),
-            (0x15, 0, 3, socket.htons(RTM_NEWNEIGH)),  # else accept
-            (0x20, 0, 0, 12),  # ld [12]: nlmsg_pid
-            (0x15, 0, 1, socket.htonl(port_id)),  # jeq: drop, else accept
-            (0x06, 0, 0, 0),  # ret 0: drop
-            (0x06, 0, 0, 0xFFFFFFFF),  # ret all: accept
-        )
-        held = array.array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
-        self._sock.setsockopt(
-            socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), held.buffer_info()[0])
-        )
+def own_changes_left_out(port_id: int) -> Program:
+    """Drop routes and new neighbours that the socket ``port_id`` put, and routes that it removed.
+
+    We know them from their acknowledgements. (What the kernel says about a removed neighbour, or about forwarding
+    entries, does not tell who asked.)
+    """
+    return (
+        (0x28, 0, 0, 4),  # ldh [4]: nlmsg_type
+        (0x15, 2, 0, socket.htons(RTM_NEWROUTE)),  # jeq: look at the sender
+        (0x15, 1, 0, socket.htons(RTM_DELROUTE)),
+        (0x15, 0, 3, socket.htons(RTM_NEWNEIGH)),  # else accept
+        (0x20, 0, 0, 12),  # ld [12]: nlmsg_pid
+        (0x15, 0, 1, socket.htonl(port_id)),  # jeq: drop, else accept
+        (0x06, 0, 0, 0),  # ret 0: drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # ret all: accept
+    )
+
+
+def routes_only_of_high_tables() -> Program:
+    """Drop the routes of the tables below 256, which are those of the main table and of the host's addresses."""
+    return (
+        (0x28, 0, 0, 4),  # ldh [4]: nlmsg_type
+        (0x15, 1, 0, socket.htons(RTM_NEWROUTE)),  # jeq: look at the table
+        (0x15, 0, 2, socket.htons(RTM_DELROUTE)),  # else accept
+        (0x30, 0, 0, 20),  # ldb [20]: rtm_table
+        (0x15, 0, 1, COMPAT_TABLE),  # jeq: accept, else drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # ret all: accept
+        (0x06, 0, 0, 0),  # ret 0: drop
+    )

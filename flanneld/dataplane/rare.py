@@ -1,4 +1,4 @@
-"""The messages that are sent now and then, for links and addresses, encoded by pyroute2's tables.
+"""The messages that are sent now and then, for links, addresses and policy rules, encoded by pyroute2's tables.
 
 pyroute2 is imported when the first of them is sent. A daemon that finds everything in its place needs none, and what
 is sent by the thousand (routes, neighbours, forwarding entries) is packed in ``wire``: encoding through pyroute2 takes
@@ -8,7 +8,7 @@ is sent by the thousand (routes, neighbours, forwarding entries) is packed in ``
 from __future__ import annotations
 
 import threading
-from socket import AF_INET, AF_INET6
+from socket import AF_INET, AF_INET6, IPPROTO_UDP
 from typing import Any, Final
 
 Attrs = list[tuple[str, Any]]
@@ -60,5 +60,29 @@ def address_body(address: str, index: int) -> bytes:
     message["flags"] = IFA_F_NODAD if v6 else 0
     message["index"] = index
     message["attrs"] = [("IFA_LOCAL", text), ("IFA_ADDRESS", text)]
+    message.encode()
+    return bytes(message.data[HEADER:])
+
+
+def rule_body(family: int, priority: int, table: int, suppress: int, protocol: int, port: int) -> bytes:
+    """struct fib_rule_hdr for: what this host itself sends from UDP ``port`` takes ``table``.
+
+    ``family``: AF_INET or AF_INET6. ``suppress``: only by routes longer than that, -1 for by all.
+    """
+    with _loading:
+        from pyroute2.netlink.rtnl.fibmsg import FR_ACT_TO_TBL, fibmsg
+
+    message = fibmsg()
+    message["family"] = family
+    message["action"] = FR_ACT_TO_TBL
+    message["attrs"] = [
+        ("FRA_PRIORITY", priority),
+        ("FRA_IIFNAME", "lo"),
+        ("FRA_TABLE", table),
+        ("FRA_PROTOCOL", protocol),
+        ("FRA_IP_PROTO", IPPROTO_UDP),
+        ("FRA_SPORT_RANGE", f"{port}:{port}"),
+        ("FRA_SUPPRESS_PREFIXLEN", suppress & 0xFFFFFFFF),
+    ]
     message.encode()
     return bytes(message.data[HEADER:])

@@ -25,6 +25,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 
 AF_BRIDGE: Final = 7
 HEADER: Final = Struct("=IHHII")  # length, type, flags, sequence, port id
@@ -36,7 +37,7 @@ U32: Final = Struct("=I")
 _NEXTHOP: Final = Struct("=HxxI")  # length, flags and hops, ifindex
 
 MAIN_TABLE: Final = 254
-COMPAT_TABLE: Final = 252  # "see RTA_TABLE": the number does not fit a byte, so it is not the main table
+COMPAT_TABLE: Final = 252  # "see RTA_TABLE": the number does not fit a byte
 SCOPE_LINK: Final = 253
 SCOPE_NOWHERE: Final = 255
 RTN_UNICAST: Final = 1
@@ -111,8 +112,8 @@ _V6_VIA_HEADER = ATTRIBUTE.pack(20, RTA_GATEWAY)
 _LLADDR_HEADER = ATTRIBUTE.pack(10, NDA_LLADDR)
 
 
-def route_body(route: Route, oif: int | None, *, remove: bool = False) -> bytes:
-    """A route of the main table, for RTM_NEWROUTE, or for RTM_DELROUTE so exactly that nothing foreign matches."""
+def route_body(route: Route, oif: int | None, *, remove: bool = False, table: int = MAIN_TABLE) -> bytes:
+    """A route, for RTM_NEWROUTE, or for RTM_DELROUTE so exactly that nothing foreign matches."""
     dst, _, length = route.dst.partition("/")
     v6 = ":" in dst
     family = AF_INET6 if v6 else AF_INET
@@ -123,7 +124,8 @@ def route_body(route: Route, oif: int | None, *, remove: bool = False) -> bytes:
     if route.type == "other":  # only ever removed; its type is not known here
         kind = 0
     flags = RTNH_F_ONLINK if route.onlink and not remove else 0
-    body = RTMSG.pack(family, int(length), 0, 0, MAIN_TABLE, route.protocol, scope, kind, flags)
+    number = table if table < 256 else COMPAT_TABLE
+    body = RTMSG.pack(family, int(length), 0, 0, number, route.protocol, scope, kind, flags)
     body += (_V6_DST_HEADER if v6 else _V4_DST_HEADER) + inet_pton(family, dst)
     if oif is not None:
         body += _ATTR8.pack(8, RTA_OIF, oif)
@@ -134,6 +136,8 @@ def route_body(route: Route, oif: int | None, *, remove: bool = False) -> bytes:
     metric = route.metric if route.metric is not None else (IPV6_DEFAULT_METRIC if v6 else 0)
     if metric:
         body += _ATTR8.pack(8, RTA_PRIORITY, metric)
+    if table != number:
+        body += _ATTR8.pack(8, RTA_TABLE, table)
     return body
 
 
@@ -258,6 +262,12 @@ def decode_route(
         metric or None,
         form,
     )
+
+
+def as_main(body: bytes) -> bytes:
+    """A route's body as if it were one of the main table: the answer to a lookup is a clone, perhaps of another's."""
+    family, dst_len, src_len, _, _, protocol, scope, kind, flags = RTMSG.unpack_from(body)
+    return RTMSG.pack(family, dst_len, src_len, 0, MAIN_TABLE, protocol, scope, kind, flags & ~RTM_F_CLONED) + body[12:]
 
 
 def first_hop(data: bytes, start: int, end: int, names: Mapping[int, str]) -> RouteLookup | None:

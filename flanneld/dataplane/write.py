@@ -18,6 +18,7 @@ from backends.kernel_state import (
     Neighbour,
     Record,
     Route,
+    Uplink,
     Vxlan,
 )
 from flanneld.dataplane import links as link_wire
@@ -125,7 +126,7 @@ class Writer:
             if refusal is None or (change.op == "remove" and refusal.errno in GONE):
                 self._done(change)
             else:
-                failures.append(Failure(change, refusal.name, f"{describe(change)}: {refusal}{_remedy(refusal)}"))
+                failures.append(Failure(change, refusal.name, f"{describe(change)}: {refusal}{remedy(refusal)}"))
         return failures
 
     def _done(self, change: Change) -> None:
@@ -354,12 +355,14 @@ def describe(change: Change) -> str:
         return f"{verb}address {record.address} dev {record.dev}"
     if isinstance(record, Link):
         return f"{verb}device {record.name} (MTU {record.mtu})"
+    if isinstance(record, Uplink):
+        return f"{verb}policy routing of IPv{record.family} for {record.tunnel}"
     if isinstance(record, Firewall):
         return f"{verb}{record.mode} rules of IPv{record.family}"
     return f"{verb}{record.kind.name.lower()} {record.key[1]}"
 
 
-def _remedy(error: NetlinkError) -> str:
+def remedy(error: NetlinkError) -> str:
     if error.errno == errno.EPERM:
         return ". Run as root, or with CAP_NET_ADMIN"
     if error.errno in (errno.ENOBUFS, errno.ENOMEM):

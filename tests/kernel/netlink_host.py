@@ -23,6 +23,7 @@ from backends.kernel_state import (
     Vxlan,
 )
 from flanneld.dataplane.dataplane import Dataplane
+from flanneld.dataplane.handler import Handler
 from flanneld.lab import wait
 from flanneld.lab.netns import Namespace
 
@@ -126,7 +127,8 @@ class Host:
 
 
 @contextlib.contextmanager
-def open_host(label: str, **options: int) -> Iterator[Host]:
+def open_host(label: str, *handlers: Callable[[], Handler], **options: int) -> Iterator[Host]:
+    """``handlers`` are made inside the namespace."""
     with Namespace(label) as ns:
         ns.run("ip link add eth0 type veth peer name cable0")
         ns.run("ip link set cable0 up")
@@ -134,7 +136,7 @@ def open_host(label: str, **options: int) -> Iterator[Host]:
         ns.run("ip addr add 192.168.7.1/16 dev eth0")
         ns.run("ip addr add fd00:7::1/64 dev eth0 nodad")
         with ns.inside():
-            host = Host(ns, Dataplane(**options))  # type: ignore[arg-type]
+            host = Host(ns, Dataplane([make() for make in handlers], **options))
             try:
                 yield host
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -126,6 +127,47 @@ def test_an_interface_with_a_default_route_of_its_own_is_used_for_peers_beyond_i
     assert metric(host, "flanneld_changes_total") == 0
     host.run("ip route del default via 172.31.0.1 dev eth1")
     wait_until(lambda: entry() and " via " not in entry(), 6, "the routing table's choice again")
+
+
+@pytest.mark.field_problem(34)
+def test_wireguard_too_leaves_by_the_chosen_interface_where_another_has_the_default_route(make_lab: MakeLab) -> None:
+    if shutil.which("wireguard-go") is None:
+        pytest.skip("the program wireguard-go is not installed (Debian: wireguard-go)")
+    lab = make_lab(1, second="172.31.0.0/24")
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}})
+    host = lab.hosts[0]
+    key = base64.b64encode(bytes([9]) * 32).decode()
+    value = f'{{"PublicIP":"203.0.113.9","BackendType":"wireguard","BackendData":{{"PublicKey":"{key}","Port":51820}}}}'
+    lab.etcd.ctl("put", "/coreos.com/network/subnets/10.5.9.0-24", value)
+    before = host.run("ip rule") + host.run("ip route show table all")
+    host.start_daemon("--iface=eth1", wait=True)
+
+    def speak() -> object:
+        return host.run("ping -c 3 -i 0.2 10.5.9.1", check=False)
+
+    packet = capture(host.ns, "eth0", "udp port 51820", speak)[0]
+    assert packet["IP"].src == host.second_address, "the chosen address, also by the only default route"
+    host.run("ip route add default via 172.31.0.1 dev eth1 metric 200")
+    wait_until(lambda: "via 172.31.0.1 dev eth1" in host.run("ip route show table 2410"), 6, "its own")
+    packet = capture(host.ns, "eth1", "udp port 51820", speak)[0]
+    assert (packet["IP"].src, packet["IP"].dst) == (host.second_address, "203.0.113.9")
+    host.run("ip rule del pref 2412")
+    wait_until(lambda: host.run("ip rule").count("sport 51820") == 3, 5, "the rule again")
+    host.run("ip route flush table 2410")
+    wait_until(lambda: host.run("ip route show table 2410").count("dev eth1") == 2, 5, "the routes again")
+    wait_until(lambda: host.daemon.ready, 5, "ready")
+    host.daemon.restart()
+    host.daemon.wait_ready()
+    assert metric(host, "flanneld_changes_total") == 0
+    assert "kernel    as it should be" in host.ctl("status", "--diff").stdout
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}})
+    wait_until(lambda: "51820" not in host.run("ip rule"), 6, "another backend has no rule")
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}})
+    wait_until(lambda: "51820" in host.run("ip rule"), 6, "the rule again")
+    host.daemon.stop()
+    host.ctl("cleanup")
+    host.run("ip route del default via 172.31.0.1 dev eth1")
+    assert host.run("ip rule") + host.run("ip route show table all") == before
 
 
 @pytest.mark.parametrize(("kind", "iface"), [("vxlan", "lo"), ("vxlan", "address"), ("udp", "lo"), ("wireguard", "lo")])

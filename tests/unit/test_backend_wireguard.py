@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from dataclasses import replace
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.backend import BackendError, Host, PeerRefused, Published
-from backends.kernel_state import Address, Kind, Link, Record, Route, WireguardPeer
+from backends.kernel_state import Address, Kind, Link, Record, Route, RouteLookup, Uplink, WireguardPeer
 from backends.kernel_state import Wireguard as Settings
 from backends.wireguard import Wireguard, is_key
 from tests.unit.backend_values import host, lease, underlay
@@ -54,6 +56,50 @@ def test_separate_mode_has_a_device_a_family() -> None:
         Route("fc00::/48", "flannel-wg-v6"),
         nothing("fc00::/48"),
     )
+
+
+WAYS = {4: RouteLookup("eth0", "192.168.1.254", None), 6: RouteLookup("eth1", "fe80::1", None)}
+
+
+@pytest.mark.field_problem(34)
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("separate", {("flannel-wg", 4, 51820), ("flannel-wg-v6", 6, 51821)}),
+        ("auto", {("flannel-wg", 4, 51820), ("flannel-wg", 6, 51820)}),
+        ("ipv4", {("flannel-wg", 4, 51820)}),
+        ("ipv6", {("flannel-wg", 6, 51820)}),
+    ],
+)
+def test_what_the_kernel_would_send_otherwise_has_routes_of_its_own_for_each_port_and_outer_family(
+    mode: str, expected: set
+) -> None:
+    here = node(v6=True)
+    told = replace(here, underlay=replace(here.underlay, ways_out=WAYS))
+    found = [r for r in Wireguard({"Mode": mode}).host_state(told) if isinstance(r, Uplink)]
+    assert {(r.tunnel, r.family, r.port) for r in found} == expected
+    for record in found:
+        assert [r.dst for r in record.routes] == sorted(r.dst for r in record.routes)
+        assert {r.src for r in record.routes} == {str(here.underlay.local[record.family])}
+        (default,) = [r for r in record.routes if r.dst.endswith("/0")]
+        assert (default.dev, default.via) == (WAYS[record.family].dev, WAYS[record.family].via) and default.onlink
+    assert not any(isinstance(r, Uplink) for r in Wireguard({"Mode": mode}).host_state(here))
+
+
+@pytest.mark.field_problem(34)
+def test_the_networks_of_the_underlay_are_reached_without_a_gateway() -> None:
+    here = node()
+    under = replace(here.underlay, prefixes=(IPv4Network("192.168.1.0/24"), IPv6Network("2001:db8::/64")))
+
+    def routes(way: RouteLookup | None) -> tuple[Route, ...]:
+        told = replace(here, underlay=replace(under, ways_out={4: way}))
+        (record,) = [r for r in Wireguard({}).host_state(told) if isinstance(r, Uplink)]
+        return record.routes
+
+    default, on_link = routes(RouteLookup("ppp0", None, None))
+    assert (default.dst, default.dev, default.onlink, default.link_scope) == ("0.0.0.0/0", "ppp0", False, True)
+    assert (on_link.dst, on_link.via, on_link.link_scope) == ("192.168.1.0/24", None, True)
+    assert routes(None) == (on_link,)
 
 
 @pytest.mark.parametrize("mode", ["auto", "ipv4", "ipv6"])

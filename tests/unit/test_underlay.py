@@ -174,3 +174,41 @@ def test_packets_are_pinned_to_an_interface_whose_default_route_is_not_the_one_i
     assert choose_underlay(both, Choice(V4)).pinned == set()
     # Without a way out of its own, the interface would lose what the routing table still brings there.
     assert choose_underlay(View((ETH0, ETH1), {4: (first,)}), Choice(V4, iface=("eth1",))).pinned == set()
+
+
+DEFAULT0, DEFAULT1 = RouteLookup("eth0", "10.0.2.2", None), RouteLookup("eth1", "192.168.56.1", None)
+TWICE = interface("eth0", "10.0.2.15/24", "10.0.2.99/24")
+
+
+@pytest.mark.field_problem(34)
+@pytest.mark.parametrize(
+    ("interfaces", "defaults", "iface", "expected"),
+    [
+        ((ETH0, ETH1), (DEFAULT0,), "eth0", {}),
+        ((ETH0, ETH1), (), "eth0", {}),
+        ((ETH0, ETH1), (DEFAULT0,), "eth1", {4: DEFAULT0}),
+        ((ETH0, ETH1), (DEFAULT0, DEFAULT1), "eth1", {4: DEFAULT1}),
+        ((ETH0, ETH1), (DEFAULT0, DEFAULT1), "eth0", {}),
+        ((TWICE,), (DEFAULT0,), "10.0.2.99", {4: DEFAULT0}),
+        ((TWICE,), (), "10.0.2.99", {4: None}),
+        ((TWICE,), (RouteLookup("eth0", "10.0.2.2", "10.0.2.99"),), "10.0.2.99", {}),
+        ((ROUTED, ETH0), (RouteLookup("eth0", "10.0.2.2", "10.9.9.7"),), "10.9.9.7", {}),
+        ((ROUTED, ETH0), (DEFAULT0,), "10.9.9.7", {4: DEFAULT0}),
+        ((ROUTED, ETH0), (), "10.9.9.7", {}),
+    ],
+)
+def test_where_the_kernel_would_send_from_another_address_the_way_out_is_named(
+    interfaces: tuple[Interface, ...], defaults: tuple[RouteLookup, ...], iface: str, expected: dict
+) -> None:
+    assert choose_underlay(View(interfaces, {4: defaults}), Choice(V4, iface=(iface,))).ways_out == expected
+
+
+@pytest.mark.field_problem(34)
+def test_a_second_address_of_ipv6_is_one_that_the_kernel_may_choose_and_a_link_local_one_is_not():
+    way = RouteLookup("eth0", "fe80::1", None)
+    for addresses, expected in (
+        (("2001:db8::7/64", "fe80::7/64"), {}),
+        (("2001:db8::7/64", "2001:db8::8/64"), {6: way}),
+    ):
+        chosen = choose_underlay(View((interface("eth0", *addresses),), {6: (way,)}), Choice((6,)))
+        assert chosen.ways_out == expected
