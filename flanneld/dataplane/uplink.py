@@ -187,7 +187,7 @@ class UplinkHandler:
 
     def _routes(self, family: Literal[4, 6], number: int) -> list[tuple[Route | None, bytes]]:
         """The routes of a table, None for what no Route can say. The kernel says ENOENT where there is no such table."""
-        names = dict(socket.if_nameindex())
+        names: dict[int, str] = {}
         found = []
         table = U32.pack(number)
         ask = RTMSG.pack(_FAMILIES[family], 0, 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_TABLE, table)
@@ -196,6 +196,7 @@ class UplinkHandler:
                 body[start:end] for kind, start, end in attributes(body, RTMSG.size, len(body)) if kind == RTA_TABLE
             )
             if next(tables, b"") == table:
+                names = names or dict(socket.if_nameindex())
                 main = as_main(body)
                 found.append((decode_route(main, 0, len(main), None, names), body))
         return found
