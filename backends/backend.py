@@ -41,7 +41,7 @@ class Underlay:
     too: a tunnel that can name its interface does so (field problem 34). ``ways_out`` are the families in which the
     kernel, left to itself, may send from another address or interface, each with the default route to be used: this
     interface's, else the one in use; None where there is none. ``index`` tells an interface from another one
-    that later has the same name.
+    that later has the same name. ``loopback``: packets have this interface's address and leave by others.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Underlay:
     pinned: frozenset[Family] = frozenset()
     ways_out: Mapping[Family, RouteLookup | None] = field(default_factory=dict)
     index: int = 0
+    loopback: bool = False
 
 
 @dataclass(frozen=True, slots=True)

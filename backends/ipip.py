@@ -73,7 +73,8 @@ class Ipip:
         return peer.attrs.backend_type == self.name
 
     def host_state(self, host: Host) -> Iterator[Record]:
-        settings = IpipSettings(local=str(_local(host)), underlay=host.underlay.name)
+        # The kernel looks for routes over the underlay alone (ip_tunnel.c: flowi4_oif), and none leads out of loopback.
+        settings = IpipSettings(str(_local(host)), "" if host.underlay.loopback else host.underlay.name)
         yield Link(name=DEVICE, settings=settings, mtu=self.mtu(host.underlay, host.families))
         if 4 in host.subnets:
             yield Address(DEVICE, f"{host.subnets[4].network_address}/32")

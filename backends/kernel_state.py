@@ -85,7 +85,7 @@ class Wireguard:
 
 @dataclass(frozen=True, slots=True)
 class Ipip:
-    """An ipip device: fixed local address, any remote."""
+    """An ipip device: fixed local address, any remote; ``underlay`` "" leaves the way out to the routing table."""
 
     local: str
     underlay: str

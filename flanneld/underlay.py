@@ -72,6 +72,7 @@ def choose_underlay(view: View, choice: Choice) -> Underlay:
         pinned=frozenset(f for f in choice.families if _leads_elsewhere(view.default.get(f, ()), interface.name)),
         ways_out=_ways_out(view, interface, local),
         index=interface.index,
+        loopback=interface.loopback,
     )
 
 

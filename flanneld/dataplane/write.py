@@ -258,6 +258,8 @@ class Writer:
 
     def _underlay(self, link: Link) -> int:
         assert isinstance(link.settings, (Vxlan, Ipip))
+        if not link.settings.underlay:
+            return 0
         index = self._view.interfaces.index(link.settings.underlay)
         if index is None:
             raise NetlinkError(errno.ENODEV, f"there is no interface {link.settings.underlay} to carry it")

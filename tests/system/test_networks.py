@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import pytest
 from flanneld.lab.capture import capture
 from flanneld.lab.hosts import Lab
 from flanneld.lab.wait import wait_until
+from tests.system.backend_cases import kernel_has_ipip
 from tests.system.kernel_text import metric
 
 MakeLab = Callable[..., Lab]
@@ -170,10 +172,14 @@ def test_wireguard_too_leaves_by_the_chosen_interface_where_another_has_the_defa
     assert host.run("ip rule") + host.run("ip route show table all") == before
 
 
-@pytest.mark.parametrize(("kind", "iface"), [("vxlan", "lo"), ("vxlan", "address"), ("udp", "lo"), ("wireguard", "lo")])
+@pytest.mark.parametrize(
+    ("kind", "iface"), [("vxlan", "lo"), ("vxlan", "address"), ("udp", "lo"), ("wireguard", "lo"), ("ipip", "lo")]
+)
 def test_routed_hosts_have_their_address_on_loopback(make_lab: MakeLab, kind: str, iface: str) -> None:
     if kind == "wireguard" and shutil.which("wireguard-go") is None:
         pytest.skip("the program wireguard-go is not installed (Debian: wireguard-go)")
+    if kind == "ipip" and not kernel_has_ipip():
+        pytest.skip(f"this kernel ({os.uname().release}) has no module ipip")
     lab = make_lab(2)
     lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": kind}})
     routed = {host.name: f"10.99.0.{number}" for number, host in enumerate(lab.hosts, start=1)}
@@ -187,8 +193,8 @@ def test_routed_hosts_have_their_address_on_loopback(make_lab: MakeLab, kind: st
         host.daemon.wait_ready()
     here, there = (host.container("c") for host in lab.hosts)
     wait_until(lambda: here.ping(there).ok, 10, "a ping")
-    port = {"vxlan": 8472, "udp": 8285, "wireguard": 51820}[kind]
-    packet = capture(lab.hosts[0].ns, "eth0", f"udp port {port}", lambda: here.ping(there))[0]
+    ports = {"vxlan": "udp port 8472", "udp": "udp port 8285", "wireguard": "udp port 51820", "ipip": "ip proto 4"}
+    packet = capture(lab.hosts[0].ns, "eth0", ports[kind], lambda: here.ping(there))[0]
     assert {packet["IP"].src, packet["IP"].dst} == set(routed.values())
     mtu = int(lab.hosts[0].daemon.subnet_env()["FLANNEL_MTU"])
     assert 1400 <= mtu < 1500, "that of eth0, less what the backend adds"

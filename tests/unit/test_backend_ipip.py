@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from backends.backend import BackendError, PeerRefused, Published
@@ -18,6 +20,12 @@ def test_the_device_has_a_fixed_local_address() -> None:
         Address("flannel.ipip", "10.5.1.0/32"),
     )
     assert Ipip({}).published(nat) == Published("ipip")
+
+
+def test_on_loopback_the_routing_table_says_by_which_interface_packets_leave() -> None:
+    """Routed hosts have their address there; a device that is bound to loopback finds no route."""
+    routed = host(under=replace(underlay(prefixes=()), name="lo", loopback=True))
+    assert next(Ipip({}).host_state(routed)) == Link("flannel.ipip", Settings("192.168.64.2", ""), mtu=1480)
 
 
 def test_a_peer_is_one_onlink_route() -> None:

@@ -203,11 +203,12 @@ def test_vxlan_devices(vni: int, local: str, port: int, learning: bool, gbp: boo
     assert links.settings_of(raw, {2: "eth0"}.get) == wanted.settings
 
 
-def test_ipip_devices() -> None:
-    wanted = Link("flannel.ipip", Ipip("192.0.2.1", "eth0"), 1480)
-    body = links.create_body(wanted, 2)
+@pytest.mark.parametrize(("underlay", "index"), [("eth0", 2), ("", 0)])
+def test_ipip_devices(underlay: str, index: int) -> None:
+    wanted = Link("flannel.ipip", Ipip("192.0.2.1", underlay), 1480)
+    body = links.create_body(wanted, index)
     data = attributes(attributes(attributes(parsed(ifinfmsg, body))["IFLA_LINKINFO"])["IFLA_INFO_DATA"])
-    assert (data["IFLA_IPIP_LOCAL"], data["IFLA_IPIP_LINK"]) == ("192.0.2.1", 2)
+    assert (data["IFLA_IPIP_LOCAL"], data["IFLA_IPIP_LINK"]) == ("192.0.2.1", index)
     raw = links.decode_link(body, 0, len(body))
     assert links.settings_of(raw, {2: "eth0"}.get) == wanted.settings
 

@@ -46,6 +46,7 @@ def test_loopback_is_taken_when_it_is_named_with_its_global_addresses_and_the_mt
     narrow = interface("eth2", "172.16.0.1/24", mtu=1280)
     chosen = choose_underlay(View((ROUTED, ETH0, ETH1, narrow), {4: ways}), Choice((4, 6), iface=(iface,)))
     assert (chosen.name, chosen.mtu, chosen.prefixes) == ("lo", 9000, ())
+    assert chosen.loopback
     assert chosen.local == {4: IPv4Address("10.9.9.7"), 6: IPv6Address("2001:db8::7")}
     cut_off = choose_underlay(View((ROUTED, ETH0, ETH1)), Choice(V4, iface=(iface,)))
     assert (cut_off.mtu, cut_off.pinned) == (1500, set())
@@ -54,6 +55,7 @@ def test_loopback_is_taken_when_it_is_named_with_its_global_addresses_and_the_mt
 def test_loopback_is_not_found_by_chance():
     view = View((ROUTED, ETH0), {4: (RouteLookup("eth0", "10.0.2.2", None),)})
     assert choose_underlay(view, Choice(V4)).name == "eth0"
+    assert not choose_underlay(view, Choice(V4)).loopback
     assert choose_underlay(view, Choice(V4, iface_regex=(".*",))).name == "eth0"
     twice = interface("eth1", "10.9.9.7/24")
     assert choose_underlay(View((ROUTED, twice)), Choice(V4, iface=("10.9.9.7",))).name == "eth1"
