@@ -144,7 +144,7 @@ def peer_address(host: Host, peer: Lease, family: Family) -> IPAddress:
 
 def direct(host: Host, peer: Lease, address: IPAddress) -> bool:
     """Whether ``peer`` itself, and no router in its name, is reached at ``address`` without a gateway."""
-    return not peer.attrs.behind_nat and on_link(host, address)
+    return address.version not in peer.attrs.behind_nat and on_link(host, address)
 
 
 def on_link(host: Host, address: IPAddress) -> bool:

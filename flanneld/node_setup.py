@@ -50,12 +50,12 @@ class Setup:
     @property
     def bare_attrs(self) -> dict[str, Any]:
         """What every lease says, whatever the backend: arguments of LeaseAttrs."""
-        public = self.underlay.public
+        public, local = self.underlay.public, self.underlay.local
         return {
             "public_ip": public.get(4),
             "public_ipv6": public.get(6),
             "node": self.identity,
-            "behind_nat": public != self.underlay.local,
+            "behind_nat": tuple(f for f in FAMILIES if public.get(f) != local.get(f)),
         }
 
 

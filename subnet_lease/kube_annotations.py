@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, TypeVar
 
-from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
+from subnet_lease.lease import FAMILIES, Lease, LeaseAttrs, NodeIdentity, marked_behind_nat
 from subnet_lease.network_config import NetworkConfig
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
@@ -29,6 +29,7 @@ _WRITTEN = (
     "public-ipv6",
     "kube-subnet-manager",
     "behind-nat",
+    "behind-nat-family",
 )
 
 _PREFIX = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z0-9_-]+/(?:[a-z0-9_-]+-)?")
@@ -110,8 +111,9 @@ def parse_lease(
         backend_data=_json(keys.name("backend-data"), annotations) if has_v4 else None,
         backend_v6_data=_json(keys.name("backend-v6-data"), annotations) if has_v6 else None,
         node=NodeIdentity(name),
-        behind_nat=annotations.get(keys.name("behind-nat")) == "true",
     )
+    if annotations.get(keys.name("behind-nat")) == "true":
+        attrs = marked_behind_nat(attrs, {"4": 4, "6": 6}.get(annotations.get(keys.name("behind-nat-family"), "")))
     return Lease(subnet if has_v4 else None, ipv6_subnet if has_v6 else None, attrs)
 
 
@@ -124,8 +126,8 @@ def overwritten(keys: Keys, attrs: LeaseAttrs, annotations: Mapping[str, str]) -
         public_ip=v4 if v4 is not None and attrs.public_ip is not None else attrs.public_ip,
         public_ipv6=v6 if v6 is not None and attrs.public_ipv6 is not None else attrs.public_ipv6,
     )
-    elsewhere = (shown.public_ip, shown.public_ipv6) != (attrs.public_ip, attrs.public_ipv6)
-    return replace(shown, behind_nat=attrs.behind_nat or elsewhere)
+    elsewhere = (f for f in FAMILIES if shown.public_ip_of(f) != attrs.public_ip_of(f))
+    return replace(shown, behind_nat=tuple(sorted({*attrs.behind_nat, *elsewhere})))
 
 
 def rendered(keys: Keys, attrs: LeaseAttrs) -> dict[str, str | None]:
@@ -142,6 +144,7 @@ def rendered(keys: Keys, attrs: LeaseAttrs) -> dict[str, str | None]:
         "public-ipv6": str(attrs.public_ipv6) if v6 else None,
         "kube-subnet-manager": "true",
         "behind-nat": "true" if attrs.behind_nat else None,
+        "behind-nat-family": str(attrs.nat_family) if attrs.nat_family is not None else None,
     }
     return {keys.name(suffix): value for suffix, value in values.items()}
 

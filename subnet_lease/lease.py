@@ -6,7 +6,7 @@ The JSON spelling is flannel's (pkg/lease/lease.go), byte for byte, so that both
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -34,7 +34,7 @@ class LeaseAttrs:
 
     ``backend_data`` is any JSON value, None when the backend publishes nothing for that family. ``node`` and
     ``behind_nat`` travel in an extra key that flannel ignores; a lease that a flanneld wrote has none. ``behind_nat``:
-    the public address is a router's, so nobody has this node on its link.
+    the families whose public address is a router's, so that nobody has this node on its link.
     """
 
     public_ip: IPv4Address | None = None
@@ -43,13 +43,25 @@ class LeaseAttrs:
     backend_data: Any = None
     backend_v6_data: Any = None
     node: NodeIdentity | None = None
-    behind_nat: bool = False
+    behind_nat: tuple[Family, ...] = ()
+
+    @property
+    def nat_family(self) -> Family | None:
+        """The family behind NAT, where the node publishes the other one, too, and that is not; else None."""
+        partly = self.behind_nat and any(self.public_ip_of(f) for f in FAMILIES if f not in self.behind_nat)
+        return self.behind_nat[0] if partly else None
 
     def public_ip_of(self, family: Family) -> IPAddress | None:
         return self.public_ip if family == 4 else self.public_ipv6
 
     def backend_data_of(self, family: Family) -> Any:
         return self.backend_data if family == 4 else self.backend_v6_data
+
+
+def marked_behind_nat(attrs: LeaseAttrs, family: Any) -> LeaseAttrs:
+    """``attrs`` of a node that says it is behind NAT; ``family`` is what it says of the family, None: it is in all."""
+    public = tuple(f for f in FAMILIES if attrs.public_ip_of(f) is not None)
+    return replace(attrs, behind_nat=tuple(f for f in public if family not in FAMILIES or f == family))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Final
 
 from subnet_lease import go_json
-from subnet_lease.lease import LeaseAttrs, NodeIdentity, subnet_key
+from subnet_lease.lease import LeaseAttrs, NodeIdentity, marked_behind_nat, subnet_key
 
 _OCTET: Final = r"(0|[1-9][0-9]{0,2})"
 _IPV4: Final = re.compile(rf"{_OCTET}\.{_OCTET}\.{_OCTET}\.{_OCTET}")
 _KEY: Final = re.compile(rf"{_IPV4.pattern}-(0|[1-9][0-9]?)(?:&([0-9a-f:.]+)-([1-9][0-9]{{0,2}}))?")
 _NAMES: Final = frozenset({"PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data", "Node"})
-_MARKS: Final = frozenset({"Name", "MachineID", "MAC", "BehindNAT"})
+_MARKS: Final = frozenset({"Name", "MachineID", "MAC", "BehindNAT", "BehindNATFamily"})
 _NO_BACKEND_TYPE: Final = frozenset({"udp", "alloc", "tencent-vpc"})  # flannel leaves the key out for these
 # What Go's encoder escapes beyond JSON's own needs.
 _GO_ESCAPES: Final = str.maketrans(
@@ -44,6 +44,9 @@ def encode_attrs(attrs: LeaseAttrs) -> str:
         value["Node"] = {"Name": attrs.node.name, "MachineID": attrs.node.machine_id, "MAC": attrs.node.mac}
         if attrs.behind_nat:
             value["Node"]["BehindNAT"] = True
+        if attrs.nat_family is not None:
+            # Beside the flag: daemons before this key read that alone, and then send nothing directly.
+            value["Node"]["BehindNATFamily"] = attrs.nat_family
     return go_dumps(value)
 
 
@@ -59,16 +62,16 @@ def decode_attrs(text: str) -> LeaseAttrs:
     backend_type = value.get("BackendType")
     if backend_type is not None and not isinstance(backend_type, str):
         raise ValueError(f"BackendType {go_json.describe(backend_type)}: must be text")
-    node, behind_nat = _node(value.get("Node"))
-    return LeaseAttrs(
+    node, marks = _node(value.get("Node"))
+    attrs = LeaseAttrs(
         public_ip=_public_ip(value["PublicIP"]) if "PublicIP" in value else None,
         public_ipv6=_public_ipv6(value.get("PublicIPv6")),
         backend_type=backend_type or "",
         backend_data=value.get("BackendData"),
         backend_v6_data=value.get("BackendV6Data"),
         node=node,
-        behind_nat=behind_nat,
     )
+    return marked_behind_nat(attrs, marks.get("BehindNATFamily")) if marks.get("BehindNAT") is True else attrs
 
 
 def _public_ip(value: Any) -> IPv4Address | None:
@@ -100,16 +103,15 @@ def _public_ipv6(value: Any) -> IPv6Address | None:
     return address if int(address) else None
 
 
-def _node(value: Any) -> tuple[NodeIdentity | None, bool]:
-    """The owner's identity, and whether it is behind NAT; a key that someone else wrote in another shape is ignored."""
+def _node(value: Any) -> tuple[NodeIdentity | None, dict[str, Any]]:
+    """The owner's identity, and what else it says of itself; a key that someone else wrote in another shape is ignored."""
     if not isinstance(value, dict):
-        return None, False
+        return None, {}
     known, _ = go_json.fold(value, _MARKS)
     name, machine_id, mac = known.get("Name", ""), known.get("MachineID", ""), known.get("MAC", "")
     if not (isinstance(name, str) and isinstance(machine_id, str) and isinstance(mac, str)):
-        return None, False
-    identity = NodeIdentity(name, machine_id, mac) if name or machine_id or mac else None
-    return identity, identity is not None and known.get("BehindNAT") is True
+        return None, {}
+    return (NodeIdentity(name, machine_id, mac), known) if name or machine_id or mac else (None, {})
 
 
 def parse_subnet_key(key: str) -> tuple[IPv4Network | None, IPv6Network | None]:

@@ -38,6 +38,26 @@ def test_two_nodes_behind_nat_reach_each_other_at_their_published_addresses(make
     assert "local 10.0.2.15" in shown
 
 
+@pytest.mark.field_problem(21)
+def test_a_node_behind_nat_in_ipv4_alone_is_routed_to_directly_in_ipv6(make_lab: MakeLab) -> None:
+    lab = make_lab(2, underlay6="fd30::/64")
+    families = {"Network": "10.5.0.0/16", "EnableIPv6": True, "IPv6Network": "fd05::/48"}
+    lab.set_config({**families, "Backend": {"Type": "vxlan", "DirectRouting": True}})
+    hidden, other = lab.hosts
+    hidden.start_daemon("--public-ip=172.30.0.99")
+    other.start_daemon()
+    for host in lab.hosts:
+        host.daemon.wait_ready()
+    routes = "ip -{} route show dev eth0 proto 241"
+    wait_until(lambda: " via " in other.run("ip -4 route show dev flannel.1"), 10, "the way through the tunnel")
+    wait_until(lambda: f" via {hidden.address6} " in other.run(routes.format(6)), 10, "the direct route")
+    assert " via " not in other.run(routes.format(4))
+    here, there = (host.container("c") for host in lab.hosts)
+    wait_until(lambda: here.ping(there.address6).ok and there.ping(here.address6).ok, 10, "pings over IPv6")
+    echo = capture(other.ns, "eth0", "icmp6 and ip6[40] == 128", lambda: here.ping(there.address6))[0]
+    assert (echo["IPv6"].src, echo["IPv6"].dst) == (here.address6, there.address6)
+
+
 @pytest.mark.field_problem(10)
 def test_a_second_node_with_a_live_nodes_address_is_refused_and_both_are_named(make_lab: MakeLab) -> None:
     lab = make_lab(2, nat=("h1", "h2"))

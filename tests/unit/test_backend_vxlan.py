@@ -90,9 +90,11 @@ def test_direct_routing_replaces_the_tunnel_where_the_peer_is_on_link():
     kinds = [type(r) for r in Vxlan({"DirectRouting": True}).peer_state(here(), far)]
     assert kinds == [FdbEntry, Neighbour, Route]
     # The address on our link is its router's, which knows nothing of pods.
-    behind = replace(found, attrs=replace(found.attrs, behind_nat=True))
+    behind = replace(found, attrs=replace(found.attrs, behind_nat=(4,)))
     kinds = [type(r) for r in Vxlan({"DirectRouting": True}).peer_state(here(), behind)]
     assert kinds == [FdbEntry, Neighbour, Route]
+    in_the_other = replace(found, attrs=replace(found.attrs, behind_nat=(6,)))
+    assert list(Vxlan({"DirectRouting": True}).peer_state(here(), in_the_other)) == list(direct)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -156,8 +157,18 @@ def test_an_overwrite_annotation_wins_over_our_own_address():
     found = overwritten(KEYS, VXLAN, {KEYS.name("public-ip-overwrite"): "198.51.100.1"})
     assert found.public_ip == IPv4Address("198.51.100.1")
     assert found.backend_data == VXLAN.backend_data
-    assert found.behind_nat, "nobody has that address on its link, whatever it looks like"
+    assert found.behind_nat == (4,), "nobody has that address on its link, whatever it looks like"
     assert rendered(KEYS, found)[KEYS.name("behind-nat")] == "true"
+
+
+@pytest.mark.parametrize(("families", "family"), [((4,), "4"), ((6,), "6"), ((4, 6), None)])
+def test_behind_nat_is_said_once_for_all_families_or_with_the_one(families, family):
+    attrs = replace(VXLAN, public_ipv6=IPv6Address("2001:db8::7"), node=NodeIdentity("n7"), behind_nat=families)
+    written = rendered(KEYS, attrs)
+    assert (written[KEYS.name("behind-nat")], written[KEYS.name("behind-nat-family")]) == ("true", family)
+    annotations = {name: value for name, value in written.items() if value is not None}
+    lease = parse_lease(KEYS, DUAL, "n7", annotations, ["10.244.7.0/24", "fd00:10:0:7::/64"])
+    assert lease is not None and lease.attrs == attrs
 
 
 def test_an_overwrite_of_a_family_that_is_not_run_has_no_effect():

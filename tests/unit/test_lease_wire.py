@@ -41,9 +41,17 @@ VXLAN = LeaseAttrs(
             '"BackendV6Data":{"VNI":1},"Node":{"Name":"n","MachineID":"m","MAC":"a:b"}}',
         ),
         (
-            LeaseAttrs(IPv4Address("1.2.3.4"), backend_type="vxlan", node=NodeIdentity("n"), behind_nat=True),
+            LeaseAttrs(IPv4Address("1.2.3.4"), backend_type="vxlan", node=NodeIdentity("n"), behind_nat=(4,)),
             '{"PublicIP":"1.2.3.4","PublicIPv6":null,"BackendType":"vxlan",'
             '"Node":{"Name":"n","MachineID":"","MAC":"","BehindNAT":true}}',
+        ),
+        *(
+            (
+                LeaseAttrs(IPv4Address("1.2.3.4"), IPv6Address("fc00::3"), node=NodeIdentity("n"), behind_nat=families),
+                '{"PublicIP":"1.2.3.4","PublicIPv6":"fc00::3",'
+                f'"Node":{{"Name":"n","MachineID":"","MAC":"","BehindNAT":true{more}}}}}',
+            )
+            for families, more in (((4,), ',"BehindNATFamily":4'), ((6,), ',"BehindNATFamily":6'), ((4, 6), ""))
         ),
         (LeaseAttrs(), '{"PublicIP":"0.0.0.0","PublicIPv6":null}'),
         (LeaseAttrs(public_ip=IPv4Address("1.2.3.4"), backend_type="udp"), '{"PublicIP":"1.2.3.4","PublicIPv6":null}'),
@@ -60,12 +68,26 @@ VXLAN = LeaseAttrs(
 )
 def test_values_are_spelled_as_flannel_spells_them(attrs: LeaseAttrs, text: str) -> None:
     assert encode_attrs(attrs) == text
+    assert decode_attrs(text).behind_nat == attrs.behind_nat
 
 
-@pytest.mark.parametrize(("said", "nat"), [("true", True), ("false", False), ('"true"', False), ("1", False)])
-def test_who_is_behind_nat_says_so_beside_its_name(said: str, nat: bool) -> None:
-    attrs = decode_attrs(f'{{"PublicIP":"1.2.3.4","Node":{{"Name":"n","BehindNAT":{said}}}}}')
-    assert attrs.node == NodeIdentity("n") and attrs.behind_nat is nat
+@pytest.mark.parametrize(
+    ("said", "families"),
+    [
+        ('"BehindNAT":true', (4, 6)),  # also what the first version wrote, which knew no families
+        ('"BehindNAT":true,"BehindNATFamily":4', (4,)),
+        ('"BehindNAT":true,"BehindNATFamily":6', (6,)),
+        ('"BehindNAT":true,"BehindNATFamily":"4"', (4, 6)),
+        ('"BehindNAT":true,"BehindNATFamily":[4]', (4, 6)),
+        ('"BehindNATFamily":4', ()),
+        ('"BehindNAT":false', ()),
+        ('"BehindNAT":"true"', ()),
+        ('"BehindNAT":1', ()),
+    ],
+)
+def test_who_is_behind_nat_says_so_beside_its_name(said: str, families: tuple[int, ...]) -> None:
+    attrs = decode_attrs(f'{{"PublicIP":"1.2.3.4","PublicIPv6":"fc00::3","Node":{{"Name":"n",{said}}}}}')
+    assert attrs.node == NodeIdentity("n") and attrs.behind_nat == families
 
 
 def test_values_are_read_by_gos_rules() -> None:
