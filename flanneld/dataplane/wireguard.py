@@ -5,7 +5,8 @@ from the lease's for a good reason: WireGuard follows a peer that roams or sits 
 as the desired one while handshakes are fresh, and is put back when they are stale (field problem 32): the peer is then
 not where it was last heard, and the lease is the best guess. And wireguard-go goes on sending from an address that this
 host has lost (the kernel answers ENETUNREACH where it expects EINVAL), so when the tunnels' own address changes, every
-endpoint is set again.
+endpoint is set again to what it is; also at the start, since nobody knows what the address was before. No record says
+otherwise than before, so this is no change, and it takes no packet.
 """
 
 from __future__ import annotations
@@ -68,8 +69,6 @@ class WireguardHandler:
         self._devices: dict[str, _Device] = {}
         self._pinned: dict[Key, str] = {}
         self._sources: tuple[str, ...] = ()
-        self._clinging: set[Key] = set()
-        """Peers that may still be sent to from an address that is gone."""
         self._links: dict[str, Link] = {}
         self._status: dict[str, dict[str, Any]] = {}
         self._answer: Mapping[Key, Record] = {}
@@ -84,13 +83,16 @@ class WireguardHandler:
 
     def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:
         relevant = {name: link for name, link in links.items() if _may_be_wireguard(link)}
-        if relevant != self._links or self._ticker.ticked():
+        moved = bool(scope.sources) and scope.sources != self._sources
+        if moved or relevant != self._links or self._ticker.ticked():
             self._look = True
         if self._look:
             self._links = relevant
             self._read_all()
             self._look = self._answer_current = False
-        self._follow_sources(scope.sources)
+        if moved:
+            self._forget_sources()
+            self._sources = scope.sources
         if not self._answer_current:
             answer = self._render()
             if answer != self._answer:
@@ -158,18 +160,17 @@ class WireguardHandler:
         if devices:
             self._ticker.run(min((time.thread_time() - start) / LOOK_SHARE, LOOK_LIMIT))
 
-    def _follow_sources(self, sources: tuple[str, ...]) -> None:
-        if not sources or sources == self._sources:
-            return
-        if self._sources:
-            self._clinging = {
-                (WireguardPeer.kind, name, public_key)
-                for name, device in self._devices.items()
-                if device.engine.clings_to_source
-                for public_key in device.state.peers
-            }
-            self._answer_current = False
-        self._sources = sources
+    def _forget_sources(self) -> None:
+        """Let packets leave from the address that the routing table names now, whatever they left from before."""
+        for name, device in self._devices.items():
+            if device.engine.clings_to_source:
+                peers = device.state.peers.items()
+                writes = [PeerWrite(key, endpoint=peer.endpoint) for key, peer in peers if peer.endpoint]
+                try:
+                    device.engine.write(name, writes)
+                except OSError as error:
+                    if error.errno not in _GONE:
+                        raise
 
     def _render(self) -> dict[Key, Record]:
         records: dict[Key, Record] = {}
@@ -201,8 +202,6 @@ class WireguardHandler:
 
     def _record(self, dev: str, public_key: str, peer: PeerState) -> WireguardPeer:
         record = WireguardPeer(dev, public_key, peer.endpoint, peer.allowed_ips, peer.keepalive, peer.preshared_key)
-        if record.key in self._clinging:
-            return replace(record, endpoint="")
         pinned = self._pinned.get(record.key)
         if pinned is not None and pinned != peer.endpoint and self._fresh(peer):
             return replace(record, endpoint=pinned)
@@ -302,12 +301,9 @@ class WireguardHandler:
                 keepalive=want.keepalive,
                 preshared_key=want.preshared_key,
             )
-        endpoint = want.endpoint if self._must_pin(want, have) else None
-        if endpoint is None and want.key in self._clinging:
-            endpoint = have.endpoint or want.endpoint
         return PeerWrite(
             want.public_key,
-            endpoint=endpoint,
+            endpoint=want.endpoint if self._must_pin(want, have) else None,
             allowed_ips=want.allowed_ips if want.allowed_ips != have.allowed_ips else None,
             keepalive=want.keepalive if want.keepalive != have.keepalive else None,
             preshared_key=(want.preshared_key or "") if want.preshared_key != have.preshared_key else None,
@@ -328,7 +324,6 @@ class WireguardHandler:
         """Take over an acknowledged write."""
         want = change.record
         assert isinstance(want, WireguardPeer)
-        self._clinging.discard(want.key)
         if change.op == "remove":
             state.peers.pop(want.public_key, None)
             self._pinned.pop(want.key, None)

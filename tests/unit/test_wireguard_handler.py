@@ -191,10 +191,37 @@ def test_a_changed_address_of_ours_is_told_to_an_engine_that_clings_to_the_old_o
     assert bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24")) == []
     bench.engine.written.clear()
     bench.sources = ("192.0.2.10",)
-    bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24"))
+    assert bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24")) == [], "no record is another one"
     written = {(write.public_key, write.endpoint) for write in bench.engine.written}
     assert written == ({("p1", "192.0.2.1:51820"), ("p2", "198.51.100.9:4444")} if clings else set())
-    assert bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24")) == []
+    bench.engine.written.clear()
+    assert bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24")) == [] == bench.engine.written
+
+
+@pytest.mark.field_problem(22)
+def test_at_the_start_the_address_that_was_used_before_is_not_known_and_left(bench: Bench) -> None:
+    bench.engine.devices[DEV] = DeviceState("private", 51820)
+    bench.engine.devices[DEV].peers["p1"] = PeerState("198.51.100.9:4444", ("10.5.1.0/24",), handshake=bench.now)
+    bench.observe()
+    assert bench.engine.written == [], "who only looks writes nothing"
+    bench.sources = ("192.0.2.9",)
+    bench.observe()
+    assert bench.engine.written == [PeerWrite("p1", endpoint="198.51.100.9:4444")]
+    bench.observe()
+    assert len(bench.engine.written) == 1
+
+
+@pytest.mark.field_problem(22)
+def test_an_engine_that_could_not_be_told_of_our_address_is_told_again(bench: Bench) -> None:
+    bench.sources = ("192.0.2.9",)
+    bench.converge(LINK, peer())
+    bench.sources, bench.engine.refuse = ("192.0.2.10",), "p1"
+    with pytest.raises(OSError, match="does not like p1"):
+        bench.observe()
+    bench.engine.refuse = ""
+    bench.engine.written.clear()
+    bench.observe()
+    assert bench.engine.written == [PeerWrite("p1", endpoint="192.0.2.1:51820")]
 
 
 def test_one_refused_peer_among_many_is_the_only_failure(bench: Bench) -> None:
