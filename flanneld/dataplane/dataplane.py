@@ -31,6 +31,7 @@ from backends.kernel_state import (
     Scope,
     Sysctl,
 )
+from flanneld.dataplane.announce import Announcer
 from flanneld.dataplane.follow import Follower
 from flanneld.dataplane.handler import Handler
 from flanneld.dataplane.look import Look
@@ -57,6 +58,7 @@ class Dataplane:
         self._follower = Follower(self._monitor, self._view)
         self._look = Look(self._netlink, self._follower, self._view)
         self._writer = Writer(self._netlink, self._follower, self._look, self._view)
+        self._announcer = Announcer()
         self._closed = False
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -67,6 +69,7 @@ class Dataplane:
         """
         self._view.limit_to(scope.devices, scope.networks, scope.marked_routes)
         fresh = self._look.refresh()
+        self._announcer.follow(scope.sources, self._view.interfaces)
         mirror = self._view.mirror
         sysctls = self._sysctls.observe(scope.sysctls)
         for key in self._sysctl_keys | sysctls.keys():

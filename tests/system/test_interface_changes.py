@@ -15,7 +15,9 @@ NUMBER = 11
 """The first host's, on the underlay."""
 
 
-@pytest.fixture(scope="module", params=params(("vxlan", "vxlan v6", "host-gw", "udp", "wireguard", "wireguard dual")))
+@pytest.fixture(
+    scope="module", params=params(("vxlan", "vxlan v6", "host-gw", "host-gw v6", "udp", "wireguard", "wireguard dual"))
+)
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     """Two hosts that run one case, shared by the tests of it: each leaves them as they were."""
     with running_case(request.param) as running:
@@ -65,3 +67,11 @@ def test_an_interface_that_is_replaced_by_another_of_its_name_and_address(runnin
     running.ping_all(SOON)
     wait_until(lambda: host.daemon.ready, SOON, "ready")
     assert host.daemon.subnet_env() == subnets
+
+
+@pytest.mark.field_problem(22)
+def test_an_interface_that_gets_another_mac(running: Running) -> None:
+    host = running.host
+    host.run("ip link set eth0 address 02:00:00:00:30:0b")
+    running.ping_all(SOON)
+    wait_until(lambda: host.daemon.ready, SOON, "ready")
