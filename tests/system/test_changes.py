@@ -113,7 +113,7 @@ def take_over(lab: Lab) -> None:
     host.run("ip route replace default via 172.30.0.1")
     wait_until(lambda: pings(lab), SOON, "pings over the renamed interface")
     wait_until(lambda: host.daemon.ready, SOON, "ready")
-    assert host.daemon.get("/status").json()["interface"] == "lan0"
+    wait_until(lambda: host.daemon.get("/status").json()["interface"] == "lan0", SOON, "the interface in the status")
 
 
 def test_an_interface_that_goes_is_told_and_the_daemon_waits_for_it(running: Lab) -> None:
