@@ -104,7 +104,6 @@ def mac_text(raw: bytes) -> str:
 # --- to the kernel -------------------------------------------------------------------------------------------------
 
 _ATTR8 = Struct("=HHI")
-_OIF_HEADER = ATTRIBUTE.pack(8, RTA_OIF)
 _V4_DST_HEADER = ATTRIBUTE.pack(8, 1)  # RTA_DST, NDA_DST and IFA_ADDRESS are all 1
 _V6_DST_HEADER = ATTRIBUTE.pack(20, 1)
 _V4_VIA_HEADER = ATTRIBUTE.pack(8, RTA_GATEWAY)

@@ -43,7 +43,6 @@ VNET_HEADER: Final = struct.Struct("=BBHHHH")
 """struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset, in the machine's byte order."""
 
 NEEDS_CHECKSUM: Final = 1
-GSO_NONE: Final = 0
 GSO_TCPV4: Final = 1
 GSO_UDP: Final = 5
 GSO_ECN: Final = 0x80
