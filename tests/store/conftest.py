@@ -1,19 +1,25 @@
-"""One etcd for all tests of this directory, a prefix of its own for each; nodes that join a network."""
+"""What the stores are tested on: one etcd for all, a prefix of its own for each test; and API servers with their nodes."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flanneld.lab.etcd import Etcd
 from subnet_lease.etcd import EtcdStore
+from subnet_lease.kube import KubeStore
 from subnet_lease.lease import LeaseAttrs, LeaseSnapshot, NodeIdentity
 from subnet_lease.store import LeaseRequest
+from tests.store.kube_values import NET_CONF
+from tests.testbed.fake_kube import FakeKube
+from tests.testbed.real_kube import RealKube, assets
 
 _numbers = itertools.count(1)
 
@@ -146,3 +152,48 @@ def on(prefix: str) -> Iterator[MakeNetwork]:
     yield make
     for network in made:
         network.close()
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeKube]:
+    with FakeKube(bookmark_every=0.2) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def real_server() -> Iterator[RealKube]:
+    server = RealKube()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["fake", "real"] if assets() else ["fake"])
+def kube(request: pytest.FixtureRequest) -> Any:
+    """An API server without nodes."""
+    if request.param == "fake":
+        return request.getfixturevalue("fake")
+    server: RealKube = request.getfixturevalue("real_server")
+    server.clear()
+    return server
+
+
+@pytest.fixture
+def net_conf(tmp_path: Path) -> Path:
+    path = tmp_path / "net-conf.json"
+    path.write_text(json.dumps(NET_CONF))
+    return path
+
+
+@pytest.fixture
+def make_store(net_conf: Path) -> Iterator[Callable[..., KubeStore]]:
+    """A factory of stores for node n1; all are closed afterwards."""
+    made: list[KubeStore] = []
+
+    def make(server: Any, **options: Any) -> KubeStore:
+        store = KubeStore(**{"node_name": "n1", "net_config_path": net_conf, **server.access, **options})
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.close()

@@ -20,7 +20,8 @@ from typing import Any
 
 from flanneld.lab.etcd import free_port
 from flanneld.lab.netns import Namespace, end, run
-from tests.testbed.fake_kube import Object, peer_annotations
+from tests.testbed.fake_kube import peer_annotations
+from tests.testbed.fake_kube_store import Object
 
 TOKEN = "envtest-token"
 
