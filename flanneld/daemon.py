@@ -35,7 +35,7 @@ from flanneld.outputs import Outputs
 from flanneld.reconciler import Intervals, Reconciler
 from flanneld.record_json import to_json
 from flanneld.startup_command import hooks_file
-from flanneld.status import Health
+from flanneld.status import Health, item
 from flanneld.telemetry import Metrics, gauge, labelled_counter
 from flanneld.wanted import WantedState
 from subnet_lease.store import ConfigMissing, LeaseStore, StoreError
@@ -253,8 +253,9 @@ class Daemon:
     def _readyz(self) -> Answer:
         self._judge_store()
         if self.health.ready:
-            return text(200, "flanneld is ready" + "".join(f"\n- warning: {w}" for w in self.health.warnings))
-        return text(503, "flanneld is not ready yet\n" + "".join(f"- {r}\n" for r in self.health.reasons))
+            warnings = (item(f"warning: {warning}") for warning in self.health.warnings)
+            return text(200, "\n".join(("flanneld is ready", *warnings)))
+        return text(503, "flanneld is not ready yet\n" + "".join(f"{item(reason)}\n" for reason in self.health.reasons))
 
     def _desired(self) -> Answer:
         """What should be in the kernel, and where to look for it, for ``flannelctl status --diff``."""

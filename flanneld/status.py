@@ -130,6 +130,11 @@ class Health:
         return not self.reasons
 
 
+def item(text: str) -> str:
+    """A reason or a warning in a list for people; further lines of it are indented, so that none looks like the next."""
+    return "- " + text.replace("\n", "\n  ")
+
+
 def write_status_file(path: Path, status: dict[str, Any]) -> None:
     """Replace the file that the CNI plugin and flannelctl read (format: docs/cni.md), readable by all."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

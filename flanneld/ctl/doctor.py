@@ -97,7 +97,9 @@ def unfit(status: dict[str, Any], here: Collection[str]) -> list[str]:
     if not status.get("running"):
         return ["flanneld does not run here"]
     if not status.get("ready"):
-        return [str(reason) for reason in status.get("reasons") or ()] or ["flanneld has only just started"]
+        # What follows a reason's first line, flannelctl status shows.
+        reasons = [str(reason).partition("\n")[0] for reason in status.get("reasons") or ()]
+        return reasons or ["flanneld has only just started"]
     return [f"device {name} is missing here" for name in status.get("devices") or () if name not in here]
 
 

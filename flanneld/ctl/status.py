@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flanneld.ctl.output import FAILED, OK, console, duration, put_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,17 +55,17 @@ def show(status: dict[str, Any]) -> None:
     unheard = status.get("unheard")
     if unheard == "hangs":
         state = status["problem"]
-    where.print(Text.assemble("flanneld  ", (state, "bold green" if running and ready else "bold red")))
+    where.print(_row("flanneld", "", state, "bold green" if running and ready else "bold red"))
     for name, value in facts(status):
-        where.print(Text.assemble((f"{name:9} ", "dim"), value))
+        where.print(_row(name, "dim", value))
     if unheard == "other":
-        where.print(Text.assemble(("warning   ", "yellow"), f"{status['problem']}; give this one's --healthz-port"))
+        where.print(_row("warning", "yellow", f"{status['problem']}; give this one's --healthz-port"))
     for reason in status.get("reasons") or ():
-        where.print(Text.assemble(("wrong     ", "bold red"), str(reason)))
+        where.print(_row("wrong", "bold red", str(reason)))
     for text in status.get("warnings") or ():
-        where.print(Text.assemble(("warning   ", "yellow"), str(text)))
+        where.print(_row("warning", "yellow", str(text)))
     for reason in (status.get("refused") or {}).values():
-        where.print(Text.assemble(("refused   ", "yellow"), str(reason)))
+        where.print(_row("refused", "yellow", str(reason)))
     drift = status.get("drift")
     if drift is not None:
         where.print(
@@ -70,6 +73,18 @@ def show(status: dict[str, Any]) -> None:
         )
         for line in drift:
             where.print(Text(f"  {line}", style="green" if line.startswith("+") else "red"))
+
+
+def _row(name: str, style: str, value: str, value_style: str = "") -> Table:
+    """A name and its value, whose further lines stay beside the name."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table.grid(padding=(0, 1, 0, 0))
+    made.add_column(min_width=9, no_wrap=True)
+    made.add_column(overflow="fold")
+    made.add_row(Text(name, style), Text(value, value_style))
+    return made
 
 
 def facts(status: dict[str, Any]) -> list[tuple[str, str]]:

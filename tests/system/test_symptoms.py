@@ -38,6 +38,8 @@ def test_a_node_waits_for_the_interface_that_it_was_told_to_use_and_names_those_
     text = daemon.get("/readyz").text
     assert "no interface matches --iface=eth7" in text
     assert "usable with --iface=eth0" in text
+    shown = [line for line in text.splitlines()[1:] if not line.startswith("- ")]
+    assert shown and all(line.startswith("  ") for line in shown), "what was seen belongs to the reason above it"
     host.run("ip link set eth0 down")
     host.run("ip link set eth0 name eth7")
     host.run("ip link set eth7 up")

@@ -27,7 +27,7 @@ from flanneld.ctl.leases import changes, expiries, order, row
 from flanneld.ctl.node import read_status
 from flanneld.ctl.output import Problem, console, duration, table
 from flanneld.ctl.reserve import parse_subnets
-from flanneld.ctl.status import facts
+from flanneld.ctl.status import facts, show
 from flanneld.http import HealthServer
 from flanneld.http import as_json as as_json_answer
 from flanneld.lab.etcd import free_port
@@ -228,6 +228,7 @@ def test_the_doctor_knows_the_port_of_the_tunnel(text: str, port: int | None) ->
         ({"ready": True, "devices": ["lo"]}, []),
         ({"ready": True, "devices": ["lo", "flannel.1"]}, ["device flannel.1 is missing here"]),
         ({"ready": False, "reasons": ["lease: taken"], "devices": ["flannel.1"]}, ["lease: taken"]),
+        ({"ready": False, "reasons": ["underlay: gone\ninterfaces seen:\n  lo"]}, ["underlay: gone"]),
         ({"ready": True, "running": False}, ["flanneld does not run here"]),
         ({"unheard": "hangs", "problem": "runs but does not answer"}, ["flanneld runs but does not answer"]),
     ],
@@ -241,6 +242,19 @@ def test_facts_leave_out_what_is_unknown() -> None:
         ("node", "h1"), ("peers", "0")
     ]  # fmt: skip
     assert facts({"store_errors": {"timeout": 2}}) == [("store errors since start", "timeout 2")]
+
+
+def test_further_lines_of_a_reason_stay_beside_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = ["kernel: command 'x': exit code 1: one\n  two", "lease: no lease yet"]
+    show({"running": True, "ready": False, "node": "h1", "reasons": reasons, "store_errors": {"timeout": 2}})
+    assert capsys.readouterr().out.splitlines() == [
+        "flanneld  not ready",
+        "node      h1",
+        "store errors since start timeout 2",
+        "wrong     kernel: command 'x': exit code 1: one",
+        "            two",
+        "wrong     lease: no lease yet",
+    ]
 
 
 def test_status_without_a_daemon_says_where_it_looked(tmp_path: Path) -> None:

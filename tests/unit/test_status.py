@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from flanneld.status import WAITING, Health, write_status_file
+from flanneld.status import WAITING, Health, item, write_status_file
 
 
 def lines(logs) -> list[tuple[str, str]]:
@@ -143,3 +143,10 @@ def test_the_status_file_is_not_written_through_a_link_that_somebody_planted(tmp
     assert victim.read_text() == "theirs"
     write_status_file(path, {"ready": True})
     assert victim.read_text() == "theirs"
+
+
+def test_further_lines_of_a_reason_do_not_look_like_reasons() -> None:
+    assert item("lease: no lease yet") == "- lease: no lease yet"
+    assert item("underlay: no match\ninterfaces seen:\n  eth0: usable") == (
+        "- underlay: no match\n  interfaces seen:\n    eth0: usable"
+    )
