@@ -105,6 +105,7 @@ class Outputs:
             "reasons": list(self._health.reasons),
             "node": self._options.node_name,
             "subnet_file": str(self._subnet_file),
+            "healthz": listening(self._options),
             "refuse": self._board.refuse,
             "subnet": None,
             "ipv6_subnet": None,
@@ -124,6 +125,12 @@ class Outputs:
             "vtep_mac": host.facts.get("vtep_mac"),
             **_underlay(host.underlay),
         }
+
+
+def listening(options: Options) -> str | None:
+    """Where this daemon answers over HTTP, None if it does not."""
+    ip = options.healthz_ip or "0.0.0.0"
+    return f"{f'[{ip}]' if ':' in ip else ip}:{options.healthz_port}" if options.healthz_port else None
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from ipaddress import ip_network
 from typing import Any
 
 from backends.kernel_state import Change, Firewall, Kind, Record, Scope, Sysctl, WireguardPeer
-from flanneld.ctl.node import address, ask
+from flanneld.ctl.node import DEFAULT_PORT, ask, own_place, place
 from flanneld.ctl.output import Problem
 from flanneld.dataplane.assemble import make_dataplane
 from flanneld.ownership import ownership
@@ -29,13 +29,15 @@ def find_drift(arguments: argparse.Namespace, status: dict[str, Any]) -> list[st
         other = f"; {status['problem']}" if status.get("unheard") == "other" else ""
         raise Problem(f"flanneld does not run here, so nobody knows what should be{other}", "start it, then look again")
     _refuse_unheard(arguments, status)
+    where = place(arguments, status)
+    assert where is not None, "it has answered there"
     try:
-        wanted = ask(arguments, "/status/desired")
+        wanted = ask(where, "/status/desired")
         desired = [from_json(value) for value in wanted["records"]]
     except OSError as error:
         reason = error.strerror or "no answer in time"
         raise Problem(
-            f"flanneld does not say on {address(arguments)} what it wants: {reason}",
+            f"flanneld does not say on {where} what it wants: {reason}",
             "see whether it runs, and try again",
         ) from None
     except (ValueError, KeyError, TypeError) as error:
@@ -63,13 +65,21 @@ def _refuse_unheard(arguments: argparse.Namespace, status: dict[str, Any]) -> No
         case "hangs":
             raise Problem(f"flanneld {status['problem']}")
         case "refused":
-            port = arguments.healthz_port
+            where = place(arguments, status)
+            port = where.port if where else DEFAULT_PORT
             raise Problem(
                 f"flanneld runs without --healthz-port, or not with {port}: {status['problem']}",
-                f"start it with --healthz-port={port}, or give its own here",
+                own_place(status)
+                if status.get("healthz")
+                else f"start it with --healthz-port={port}, or give its own here",
+            )
+        case "mute":
+            raise Problem(
+                f"{status['problem']}, so nobody can ask it what should be",
+                f"start it with --healthz-port={DEFAULT_PORT}",
             )
         case _:
-            raise Problem(status["problem"], "give this one's --healthz-port")
+            raise Problem(status["problem"], own_place(status))
 
 
 def differences(desired: list[Record], scope: Scope) -> list[Change]:

@@ -49,6 +49,8 @@ def show(status: dict[str, Any]) -> None:
     """For people: the state first, then facts, then trouble."""
     from rich.text import Text
 
+    from flanneld.ctl.node import own_place
+
     where = console()
     running, ready = bool(status.get("running")), bool(status.get("ready"))
     state = "ready" if running and ready else "not ready" if running else "not running (the network stays as it was)"
@@ -59,7 +61,7 @@ def show(status: dict[str, Any]) -> None:
     for name, value in facts(status):
         where.print(_row(name, "dim", value))
     if unheard == "other":
-        where.print(_row("warning", "yellow", f"{status['problem']}; give this one's --healthz-port"))
+        where.print(_row("warning", "yellow", f"{status['problem']}; {own_place(status)}"))
     for reason in status.get("reasons") or ():
         where.print(_row("wrong", "bold red", str(reason)))
     for text in status.get("warnings") or ():

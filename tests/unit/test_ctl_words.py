@@ -24,7 +24,7 @@ from cni.daemon_status import hold_lock
 from flanneld.ctl import cli, doctor, release
 from flanneld.ctl.config import as_json, contradictions, understood
 from flanneld.ctl.leases import changes, expiries, order, row
-from flanneld.ctl.node import read_status
+from flanneld.ctl.node import Place, place, read_status
 from flanneld.ctl.output import Problem, console, duration, table
 from flanneld.ctl.reserve import parse_subnets
 from flanneld.ctl.status import facts, show
@@ -402,6 +402,50 @@ def test_diff_names_the_port_that_a_daemon_lacks(
     error = capsys.readouterr().err
     assert "flanneld runs without --healthz-port" in error and f"start it with --healthz-port={port}" in error
     assert "Errno" not in error
+
+
+def test_a_daemon_is_asked_where_its_status_file_says_that_it_listens(tmp_path: Path) -> None:
+    port, file = free_port(), tmp_path / "subnet.env"
+    told = {"pid": 4711, "subnet_file": str(file), "ready": True, "healthz": f"0.0.0.0:{port}"}
+    (tmp_path / "flanneld-status.json").write_text(json.dumps(told))
+    arguments = argparse.Namespace(healthz_ip=None, healthz_port=None, subnet_file=str(file))
+    server, lock = HealthServer("127.0.0.1", port, {"/status": lambda: as_json_answer(told)}), hold_lock(str(file))
+    try:
+        status = read_status(arguments)
+        assert status["source"] == f"http://127.0.0.1:{port}/status"
+        assert place(arguments, status) == Place("127.0.0.1", port)
+    finally:
+        server.close()
+        os.close(lock)
+    assert str(place(arguments, {"healthz": "[::]:8082"})) == "[::1]:8082"
+    assert str(place(arguments, {})) == "127.0.0.1:8081"
+
+
+@pytest.mark.field_problem(44)
+@pytest.mark.parametrize("healthz", [None, "127.0.0.1:1"])
+def test_a_daemon_is_not_said_to_hang_for_another_ones_port(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, healthz: str | None
+) -> None:
+    monkeypatch.setattr("flanneld.ctl.node.TIMEOUT", 0.2)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    file = tmp_path / "subnet.env"
+    told = {"pid": 4711, "ready": True, "subnet": "10.5.7.0/24", "healthz": healthz}
+    (tmp_path / "flanneld-status.json").write_text(json.dumps(told))
+    lock = hold_lock(str(file))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert cli.main(["status", f"--subnet-file={file}", f"--healthz-port={port}"]) == 0
+        shown = capsys.readouterr().out
+        own = "listens on 127.0.0.1:1" if healthz else "runs without --healthz-port"
+        assert shown.splitlines()[0] == "flanneld  ready"
+        assert f"warning   nothing answers at 127.0.0.1:{port} in time; this one {own}\n" in shown
+        # Without a flag nobody is asked who is not this one.
+        monkeypatch.setattr("flanneld.ctl.node.DEFAULT_PORT", port)
+        assert cli.main(["status", f"--subnet-file={file}"]) == 0
+        assert "warning" not in capsys.readouterr().out
+        assert cli.main(["status", "--diff", f"--subnet-file={file}"]) == 1
+        assert "flanneld runs without --healthz-port" in capsys.readouterr().err
+    os.close(lock)
 
 
 @pytest.mark.parametrize("port", ["abc", "99999", "-1", "1.5"])

@@ -15,7 +15,7 @@ import pytest
 from flanneld.board import Board
 from flanneld.desired import Standing
 from flanneld.options import parse
-from flanneld.outputs import STATUS_FILE, Outputs
+from flanneld.outputs import STATUS_FILE, Outputs, listening
 from flanneld.status import WAITING, Health
 from subnet_lease.lease import Lease, LeaseAttrs
 from tests.unit.backend_values import host
@@ -140,3 +140,18 @@ def test_a_subnet_file_that_cannot_be_written_is_a_reason_until_it_can(node: Nod
     node.standing = replace(node.standing, blackhole=True)
     node.look()
     assert path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [
+        ([], None),
+        (["--healthz-port=8081"], "0.0.0.0:8081"),
+        (["--healthz-port=8081", "--healthz-ip="], "0.0.0.0:8081"),
+        (["--healthz-port=8081", "--healthz-ip=::1"], "[::1]:8081"),
+    ],
+)
+def test_the_status_file_says_where_the_daemon_listens(flags: list[str], where: str | None) -> None:
+    options, _ = parse(flags, {})
+    assert listening(options) == where
+    assert Outputs(options, Board(), Health()).summary()["healthz"] == where
