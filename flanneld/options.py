@@ -45,6 +45,11 @@ class Flag:
         return self.name.replace("-", "_")
 
     @property
+    def shown(self) -> str:
+        """The help with the default."""
+        return self.help + ("" if self.default in ("", (), False) else f" (default: {str(self.default).lower()})")
+
+    @property
     def variable(self) -> str:
         return "FLANNELD_" + self.name.upper().replace("-", "_").replace(".", "_")
 
@@ -208,17 +213,22 @@ def whole_number(text: str) -> int:
 _TYPES: dict[str, Callable[[str], Any]] = {"text": str, "bool": go_bool, "int": whole_number, "ignored": str}
 
 
-def add_arguments(parser: argparse.ArgumentParser, groups: Sequence[str] = ("store", "flannel", "own")) -> None:
-    """Add the flags of these groups, in both of Go's spellings."""
+def add_arguments(
+    parser: argparse.ArgumentParser, groups: Sequence[str] = ("store", "flannel", "own"), *, hidden: bool = False
+) -> None:
+    """Add the flags of these groups, in both of Go's spellings.
+
+    ``hidden``: --help does not show them, and what is not given leaves no trace in the namespace.
+    """
     for flag in FLAGS:
         if flag.group not in groups:
             continue
         names = [f"--{flag.name}"] if flag.name == "v" else [f"--{flag.name}", f"-{flag.name}"]
         if flag.name == "v":
             names = ["-v", "--v"]
-        default = "" if flag.default in ("", (), False) else f" (default: {str(flag.default).lower()})"
-        shown = (flag.help + default).replace("%", "%%")
-        common: dict[str, Any] = {"dest": flag.attribute, "default": None, "help": shown}
+        common: dict[str, Any] = {"dest": flag.attribute, "default": None, "help": flag.shown.replace("%", "%%")}
+        if hidden:
+            common |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         if flag.kind == "bool":
             parser.add_argument(*names, nargs="?", const=True, type=go_bool, metavar="BOOL", **common)
         elif flag.kind == "list":
@@ -228,9 +238,9 @@ def add_arguments(parser: argparse.ArgumentParser, groups: Sequence[str] = ("sto
             parser.add_argument(*names, type=_TYPES[flag.kind], metavar=metavar, **common)
 
 
-def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+def add_store_arguments(parser: argparse.ArgumentParser, *, hidden: bool = False) -> None:
     """Add what is needed to reach the store; for flannelctl."""
-    add_arguments(parser, ("store",))
+    add_arguments(parser, ("store",), hidden=hidden)
 
 
 def from_namespace(

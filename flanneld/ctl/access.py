@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from flanneld.ctl.output import Problem, note
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from subnet_lease.lease import Lease, LeaseSnapshot
     from subnet_lease.store import LeaseStore
 
+STORE_HELP = (
+    "--etcd-endpoints, --kube-subnet-mgr and others, the same flags and FLANNELD_* variables as flanneld's; "
+    "all of them: flannelctl help store"
+)
 KUBE_WAIT = 10.0
 """Seconds in which the Kubernetes API must show the nodes."""
 
@@ -47,11 +51,11 @@ class Access(Protocol):
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where the store is; flanneld's, and its environment counts, too."""
+    """The flags that say where the store is; flanneld's, and its environment counts, too. ``help store`` shows them."""
     from flanneld.options import add_store_arguments
 
-    group = parser.add_argument_group("where the network is kept (as for flanneld; FLANNELD_* variables count, too)")
-    add_store_arguments(cast(argparse.ArgumentParser, group))
+    parser.add_argument_group("where the network is kept", STORE_HELP)
+    add_store_arguments(parser, hidden=True)
 
 
 def options_of(arguments: argparse.Namespace) -> Options:

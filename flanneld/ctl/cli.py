@@ -24,22 +24,27 @@ COMMANDS: Final = (
     "docker_opts",
     "cni_conf",
     "demo",
+    "help",
 )
 """Modules of this package, in the order of --help. Each has ``register(commands)``, which sets ``run``."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from flanneld.ctl.access import add_connection
+
     parser = Parser(
         prog="flannelctl",
         description="Look at and steer a flannel network: its configuration, its leases, and this node.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    add_connection(parser)  # before the command they mean the same as after it
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         if importlib.util.find_spec(f"flanneld.ctl.{name}"):
             importlib.import_module(f"flanneld.ctl.{name}").register(commands)
+    parser.set_defaults(parser=parser)  # for help
     return parser
 
 
@@ -55,7 +60,11 @@ class _Version(argparse.Action):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return USAGE
+    arguments = parser.parse_args(argv)
     # Only a process of our own may change how the whole process logs.
     arguments.own_process = argv is None
     try:

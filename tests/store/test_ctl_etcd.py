@@ -333,11 +333,23 @@ def test_no_etcd_is_said_in_one_sentence(ctl: Run, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_where_the_store_is_may_be_said_before_the_command_and_after_it(ctl: Run) -> None:
+    here, there = "http://127.0.0.1:1", "http://127.0.0.1:2"
+    for words, asked in (
+        ([f"--etcd-endpoints={here}", "leases"], here),
+        (["leases", "-etcd-endpoints", here], here),
+        ([f"--etcd-endpoints={here}", "config", "get"], here),
+        ([f"--etcd-endpoints={here}", "config", "get", f"--etcd-endpoints={there}"], there),
+    ):
+        code, _, err = ctl(*words)
+        assert code == 1 and f"etcd at {asked} cannot be reached" in err, words
+
+
 def test_usage_errors_exit_with_2(ctl: Run) -> None:
     assert ctl("config")[0] == 2
     code, _, err = ctl("leases", "--no-such-flag")
     assert code == 2
-    assert err == "flannelctl: error: unrecognized arguments: --no-such-flag\nsee flannelctl --help\n"
+    assert err == "flannelctl leases: error: unrecognized arguments: --no-such-flag\nsee flannelctl leases --help\n"
     for words, said in (
         (["leases", "--etcd-endpoint=x"], "--etcd-endpoint=x; did you mean --etcd-endpoints?"),
         (["leases", "--jsn", "--wacth"], "--jsn --wacth; did you mean --json --watch?"),
@@ -346,5 +358,14 @@ def test_usage_errors_exit_with_2(ctl: Run) -> None:
     ):
         code, _, err = ctl(*words)
         assert code == 2 and err.splitlines()[0].endswith(said), err
+    for words, said in (
+        (["lease"], "flannelctl: error: 'lease' is none of config, leases, "),
+        (["lease"], "; did you mean leases?"),
+        (["config", "st"], "flannelctl config: error: 'st' is none of get, set, check; did you mean set?"),
+    ):
+        code, _, err = ctl(*words)
+        assert code == 2 and said in err.splitlines()[0], err
+    code, out, err = ctl()
+    assert (code, out) == (2, "") and err.startswith("usage: flannelctl "), err
     assert ctl("release")[2].splitlines()[1:] == ["see flannelctl release --help"]
     assert ctl("leases", "--subnet-lease-renew-margin", "0")[0] == 2

@@ -31,6 +31,7 @@ from flanneld.ctl.status import facts, show
 from flanneld.http import HealthServer
 from flanneld.http import as_json as as_json_answer
 from flanneld.lab.etcd import free_port
+from flanneld.options import FLAGS
 from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
 from subnet_lease.store import AccessDenied
 
@@ -62,6 +63,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         "demo",
         "docker-opts",
         "cni-conf",
+        "help",
     }
     assert wanted == set(actions.choices)
     for name in wanted:
@@ -69,6 +71,24 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main([name, "--help"])
         assert stop.value.code == 0
         assert f"flannelctl {name}" in capsys.readouterr().out
+
+
+def test_the_stores_flags_have_a_page_of_their_own_and_do_not_fill_every_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = [flag for flag in FLAGS if flag.group == "store"]
+    for words in ([], ["leases"], ["config", "set"], ["doctor"]):
+        assert cli.main(["help", *words]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(" ".join(["usage: flannelctl", *words]))
+        assert "flannelctl help store" in " ".join(shown.split())
+        assert not [flag.name for flag in flags if f"  --{flag.name}" in shown and flag.name != "etcd-endpoints"]
+        assert len(shown.splitlines()) < 40
+    assert cli.main(["help", "store"]) == 0
+    shown = capsys.readouterr().out
+    assert [flag.name for flag in flags if f"  --{flag.name} " not in shown] == []
+    assert cli.main(["help", "leasse"]) == 2
+    assert "there is no help for leasse" in capsys.readouterr().err
 
 
 def test_the_version_is_flannelds(capsys: pytest.CaptureFixture[str]) -> None:
