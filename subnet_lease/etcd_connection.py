@@ -21,8 +21,9 @@ import grpc
 import grpc._common
 from etcd3 import etcdrpc, exceptions
 
-from subnet_lease.etcd_errors import Circumstances, Unreachable, explain, short, silent
+from subnet_lease.etcd_errors import Circumstances, UnknownName, Unreachable, explain, short, silent, unknown_name
 from subnet_lease.etcd_tls import TlsFiles
+from subnet_lease.names import unresolved
 from subnet_lease.store import AccessDenied, SetupError, StoreError, StoreUnavailable
 
 Result = TypeVar("Result")
@@ -181,7 +182,8 @@ class EtcdConnection:
                     self._forgive()
                     failure = failure or self._translate(what, error)
                 elif _elsewhere(error):
-                    failure = self._translate(what, error)
+                    latest = self._translate(what, error)
+                    failure = failure if isinstance(failure, UnknownName) and type(latest) is Unreachable else latest
                     if isinstance(failure, AccessDenied) and self._use_new_certificates(client):
                         continue
                     refusals += 1
@@ -242,7 +244,10 @@ class EtcdConnection:
         return StoreUnavailable(f"etcd cancelled the watch: {short(reason) or 'no reason given'}")
 
     def nothing_came(self, what: str, seconds: float) -> StoreError:
-        """The error for an endpoint that takes what we send and is silent."""
+        """The error for an endpoint that takes what we send and is silent, or whose name nobody resolves."""
+        host = self._circumstances(self._client.endpoint_in_use).host
+        if reason := unresolved(host):
+            return unknown_name(host, reason, self._names)
         return silent(what, self._names, f"nothing came within {seconds:g} s")
 
     def reconnect(self) -> None:

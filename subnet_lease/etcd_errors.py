@@ -22,6 +22,10 @@ class Unreachable(StoreUnavailable):
     """Nobody listens there. It says less than any other failure: where there was one of those, that is told instead."""
 
 
+class UnknownName(Unreachable):
+    """A name without an address: that does not go by itself, so it is told rather than that nobody listens elsewhere."""
+
+
 @dataclass(frozen=True, slots=True)
 class Circumstances:
     """What the sentences name: the endpoint that failed, all that were tried, and the TLS files in use."""
@@ -30,10 +34,14 @@ class Circumstances:
     tried: str
     tls: TlsFiles
 
+    @property
+    def host(self) -> str:
+        return re.sub(r"^https?://|:\d+/?$", "", self.at)
+
     def fill(self, sentence: str) -> str:
         return sentence.format(
             at=self.at,
-            host=re.sub(r"^https?://|:\d+/?$", "", self.at),
+            host=self.host,
             authority=f"--etcd-cafile {self.tls.cafile}" if self.tls.cafile else "one of the system's authorities",
             wish=(
                 f"it may not accept the client certificate --etcd-certfile {self.tls.certfile} (another authority's, or expired)"
@@ -91,7 +99,7 @@ def explain(detail: str, where: Circumstances) -> StoreError | None:
     if "etcdserver: no leader" in detail:
         return StoreUnavailable(f"etcd at {where.tried} has no leader: most of its members are away; start them again")
     if unknown := _UNKNOWN_NAME.match(detail):
-        return _unreachable(f"the name {unknown[1]} cannot be resolved ({unknown[2]})", where)
+        return unknown_name(unknown[1], unknown[2], where.tried)
     if not detail.startswith(_NEVER_UP):
         return None
     reason = detail.removeprefix(_NEVER_UP)
@@ -112,6 +120,14 @@ def _error(meaning: tuple[type[StoreError], str], where: Circumstances) -> Store
 
 def _unreachable(reason: str, where: Circumstances) -> Unreachable:
     return Unreachable(f"etcd at {where.tried} cannot be reached: {reason}; {CHECK}")
+
+
+def unknown_name(host: str, reason: str, tried: str) -> UnknownName:
+    """The error for an endpoint whose name has no address."""
+    return UnknownName(
+        f"etcd at {tried} cannot be reached: the name {host} cannot be resolved ({reason}); correct it in"
+        " --etcd-endpoints, or mend this host's name resolution (/etc/resolv.conf, /etc/hosts)"
+    )
 
 
 def silent(what: str, tried: str, detail: str) -> StoreUnavailable:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -295,3 +299,31 @@ def test_closing_does_not_wait_for_an_etcd_that_is_gone(own_network: Network) ->
     follower.join()
     assert time.monotonic() - started < 4 * wait.patience
     own_network.etcd.process.send_signal(signal.SIGCONT)
+
+
+DEAF = """
+import os, socket, sys
+deaf = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+deaf.bind(("127.0.0.1", 53))
+deaf.set_inheritable(True)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+"""A name server that hears and does not answer, for as long as the command runs."""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: namespaces with a resolv.conf of their own")
+def test_a_name_server_that_is_silent_is_named_and_not_etcd(tmp_path: Path) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+    script = 'mount --make-rprivate / && mount --bind "$1" /etc/resolv.conf && ip link set lo up && shift && exec "$@"'
+    ctl = [sys.executable, "-m", "flanneld.ctl.cli", "leases", "--etcd-endpoints=http://etcd.example:2379"]
+    inside = [sys.executable, "-c", DEAF, *ctl]
+    done = subprocess.run(
+        ["unshare", "--mount", "--net", "sh", "-c", script, "sh", str(tmp_path / "resolv.conf"), *inside],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the name etcd.example cannot be resolved (no name server answers)" in done.stderr
+    assert "nothing came" not in done.stderr

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from subnet_lease import names
 from subnet_lease.etcd_errors import Circumstances, Unreachable, explain
 from subnet_lease.etcd_tls import TlsFiles
 from subnet_lease.store import StoreUnavailable
@@ -47,7 +50,20 @@ def test_a_name_that_nobody_knows() -> None:
         "errors resolving etcd.example:2379: [field:hostname lookup error:address lookup failed for"
         " etcd.example:2379: Domain name not found]"
     )
-    assert "the name etcd.example cannot be resolved (Domain name not found); check" in str(explain(said, PLAIN))
+    assert str(explain(said, PLAIN)) == (
+        "etcd at http://etcd.example:2379 cannot be reached: the name etcd.example cannot be resolved (Domain name not"
+        " found); correct it in --etcd-endpoints, or mend this host's name resolution (/etc/resolv.conf, /etc/hosts)"
+    )
+
+
+def test_a_name_server_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+    monkeypatch.setattr(names, "PATIENCE", 0.05)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: answer.wait(10))
+    assert names.unresolved("etcd.example") == "no name server answers"
+    answer.set()
+    assert names.unresolved("etcd.example") == ""
+    assert names.unresolved("10.0.0.1") == names.unresolved("[2001:db8::1]") == ""
 
 
 def test_what_etcd_itself_says_and_a_connection_that_breaks_are_no_business_of_a_certificate() -> None:
