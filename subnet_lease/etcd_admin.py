@@ -6,7 +6,9 @@ Every write is a compare-and-swap on what was read; a daemon never meets a half-
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
@@ -14,7 +16,7 @@ from subnet_lease.etcd_leases import SignOfLife
 from subnet_lease.etcd_table import decode_any
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseSnapshot
-from subnet_lease.lease_wire import encode_attrs
+from subnet_lease.lease_wire import encode_attrs, parse_subnet_key
 from subnet_lease.store import ConfigMissing, StoreError, StoreStatus, write_config
 
 
@@ -22,6 +24,15 @@ class ChangedMeanwhile(StoreError):
     """Somebody else wrote between our read and our write."""
 
     cause = "changed_meanwhile"
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A key among the leases that names no subnet: nobody reads it, and nobody removes it. ``remove`` is for a shell."""
+
+    key: str
+    error: str
+    remove: str
 
 
 class EtcdAdmin:
@@ -60,15 +71,22 @@ class EtcdAdmin:
         self._swap("write the configuration", self.config_name, revision, text)
 
     def leases(self) -> list[Lease]:
-        """Every lease, in one range read, also those whose values nobody can read."""
+        """Every lease, also those whose values nobody can read."""
+        return self.leases_and_strays()[0]
+
+    def leases_and_strays(self) -> tuple[list[Lease], list[Stray]]:
+        """Everything below ``leases_name``, in one range read."""
         answer = self._connection.call("read the leases", lambda client: client.get_prefix_response(self.leases_name))
-        found = []
+        leases: list[Lease] = []
+        strays: list[Stray] = []
         for kv in answer.kvs:
             key = kv.key[len(self.leases_name) :].decode("utf-8", "replace")
             lease = decode_any(key, kv.value, kv.mod_revision, kv.lease)
-            if lease is not None:  # a key that names no subnet, daemons ignore and count
-                found.append(lease)
-        return found
+            if lease is not None:
+                leases.append(lease)
+            else:  # daemons ignore it and count it
+                strays.append(Stray(kv.key.decode("utf-8", "replace"), _why(key), f"etcdctl del {_quoted(kv.key)}"))
+        return leases, strays
 
     def ttl(self, lease: Lease) -> float | None:
         """Seconds until a lease expires unless its node renews it; None for a reservation."""
@@ -114,3 +132,22 @@ class EtcdAdmin:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _why(key: str) -> str:
+    """What is wrong with a key that names no subnet."""
+    try:
+        parse_subnet_key(key)
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    return "names no subnet"
+
+
+def _quoted(key: bytes) -> str:
+    """A key as a word for the shell; for bash, if it is no plain text."""
+    text = key.decode("utf-8", "replace")
+    if text.isprintable() and text.encode() == key:
+        return shlex.quote(text)
+    return (
+        "$'" + "".join(chr(b) if (chr(b).isalnum() and b < 128) or b in b"/.-_:&" else f"\\x{b:02x}" for b in key) + "'"
+    )

@@ -15,6 +15,7 @@ from flanneld.ctl.output import Problem, note
 
 if TYPE_CHECKING:
     from flanneld.options import Options
+    from subnet_lease.etcd_admin import Stray
     from subnet_lease.lease import Lease, LeaseSnapshot
     from subnet_lease.store import LeaseStore
 
@@ -41,6 +42,7 @@ class Access(Protocol):
     def config_text(self) -> tuple[str, int]: ...
     def write_config(self, text: str, revision: int, /) -> None: ...
     def leases(self) -> list[Lease]: ...
+    def leases_and_strays(self) -> tuple[list[Lease], list[Stray]]: ...
     def ttl(self, lease: Lease, /) -> float | None: ...
     def lives(self, lease: Lease, /) -> bool: ...
     def watch(self) -> Iterator[LeaseSnapshot]: ...
@@ -126,6 +128,9 @@ class KubeAccess:
 
     def leases(self) -> list[Lease]:
         return list(self._first().leases.values())
+
+    def leases_and_strays(self) -> tuple[list[Lease], list[Stray]]:
+        return self.leases(), []
 
     def ttl(self, _lease: Lease, /) -> float | None:
         return None

@@ -13,6 +13,7 @@ from flanneld.ctl.output import OK, Problem, console, duration, note, put, put_j
 
 if TYPE_CHECKING:
     from flanneld.ctl.access import Access
+    from subnet_lease.etcd_admin import Stray
     from subnet_lease.lease import Lease
 
 COLUMNS = ("SUBNET", "NODE", "PUBLIC IP", "BACKEND", "VTEP", "EXPIRES")
@@ -39,14 +40,20 @@ def run(arguments: argparse.Namespace) -> int:
             with contextlib.suppress(KeyboardInterrupt):
                 _watch(access, as_json=arguments.json)
             return OK
-        leases = sorted(access.leases(), key=order)
+        leases, strays = access.leases_and_strays()
+        leases.sort(key=order)
         expiry = {} if arguments.no_expiry else expiries(access, leases)
         if arguments.json:
-            put_json([describe(lease, expiry.get(lease.key)) for lease in leases])
-        elif leases:
+            put_json([*(describe(lease, expiry.get(lease.key)) for lease in leases), *map(describe_stray, strays)])
+            return OK
+        if leases:
             console().print(table(COLUMNS, [row(lease, expiry.get(lease.key)) for lease in leases]))
         else:
             put(f"no leases under {access.leases_name}; start flanneld on a host to get the first")
+        if strays:
+            put("\nno leases, though they stand among them; no node reads them:")
+        for stray in strays:
+            put(f"  {stray.key}: {stray.error}\n    {stray.remove}")
     return OK
 
 
@@ -114,6 +121,14 @@ def describe(lease: Lease, ttl: float | None) -> dict[str, Any]:
         "expires_in": None if ttl is None else int(ttl),
         "revision": lease.revision,
     }
+
+
+def describe_stray(stray: Stray) -> dict[str, Any]:
+    """A key that is no lease, as a lease of which nothing is known, and why it is none."""
+    from subnet_lease.lease import Lease, LeaseAttrs
+
+    nothing = {**describe(Lease(None, None, LeaseAttrs()), None), "revision": None}
+    return {**nothing, "key": stray.key, "error": stray.error, "to_remove_it": stray.remove}
 
 
 def _say_what_is_missing(access: Access) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -161,7 +162,7 @@ def test_leases_as_a_table_and_as_json(ctl: Run, etcd: Etcd) -> None:
     etcd.ctl("put", f"{PREFIX}/subnets/nonsense", "{}")
     code, out, _ = ctl("leases")
     assert code == 0
-    rows = [line.split() for line in out.splitlines()]
+    rows = [line.split() for line in out.partition("\n\n")[0].splitlines()]
     assert rows[0] == ["SUBNET", "NODE", "PUBLIC", "IP", "BACKEND", "VTEP", "EXPIRES"]
     assert [row[0] for row in rows[1:]] == ["10.5.2.0/24", "10.5.9.0/24", "10.5.10.0/24"]
     assert rows[1][1:] == ["node2", "192.0.2.2", "vxlan", "02:00:00:00:00:02", "reservation"]
@@ -185,6 +186,28 @@ def test_an_unreadable_lease_is_listed_and_released(ctl: Run, etcd: Etcd) -> Non
     code, out, _ = ctl("release", "10.5.1.0/24")
     assert (code, out.split(", ")[0]) == (0, "released 10.5.1.0/24")
     assert "no leases under" in ctl("leases")[1]
+
+
+@pytest.mark.field_problem(5)
+def test_a_key_that_names_no_subnet_is_listed_with_the_command_that_removes_it(ctl: Run, etcd: Etcd) -> None:
+    strange = [f"{PREFIX}/subnets/{name}" for name in ("10.5.1.7-24", "it's mine", "nonsense", "tab\there")]
+    for key in strange:
+        etcd.ctl("put", key, "{}")
+    shown = ctl("leases")[1]
+    assert shown.startswith("no leases under") and "no leases, though they stand among them" in shown
+    put_lease(etcd, 1)
+    shown = ctl("leases")[1]
+    assert f"  {PREFIX}/subnets/nonsense: must look like 10.5.52.0-24 or" in shown
+    assert "10.5.1.7-24: 10.5.1.7/24 has host bits set" in shown
+    found = json.loads(ctl("leases", "--json")[1])
+    assert [entry["subnet"] for entry in found] == ["10.5.1.0/24", None, None, None, None]
+    assert [entry["key"] for entry in found[1:]] == strange
+    for entry in found[1:]:
+        assert f"    {entry['to_remove_it']}\n" in shown
+        (words,) = re.findall(r"^etcdctl del (.*)$", entry["to_remove_it"])
+        argv = subprocess.run(["bash", "-c", f"printf %s {words}"], capture_output=True, text=True, check=True).stdout
+        etcd.ctl("del", argv)
+    assert "no leases" not in ctl("leases")[1]
 
 
 @pytest.mark.parametrize("config", [None, '{"Network": "10.5.0.0/33"}'])
