@@ -213,9 +213,9 @@ class LeaseKeeper:
         request = LeaseRequest(setup.identity, attrs, (v4, v6), keep=True, avoid=setup.underlay.prefixes)
         lease = self._store.acquire(setup.config, request)
         if gone:
-            log.warning("lease was gone; claimed the same subnet again", lease=lease.key)
+            log.warning("lease was gone; claimed the same subnet again", lease=lease.cidr)
         else:
-            log.info("lease follows the address families of the network", lease=lease.key)
+            log.info("lease follows the address families of the network", lease=lease.cidr)
         self._lost = False
         self._renew_at = 0.0
         self._stand(setup, lease)
@@ -234,9 +234,9 @@ class LeaseKeeper:
         chosen = self._options.kube_subnet_mgr or lease.reservation  # by somebody who knew what they did
         if not chosen and not fits(config, (lease.subnet, lease.ipv6_subnet)):
             text = (
-                f"this node keeps {lease.key}, which the network configuration would not hand out any more (SubnetLen,"
+                f"this node keeps {lease.cidr}, which the network configuration would not hand out any more (SubnetLen,"
                 f" SubnetMin, SubnetMax): containers live there. To move it: drain the node, stop flanneld, flannelctl"
-                f" release {lease.key}, start flanneld"
+                f" release {lease.cidr}, start flanneld"
             )
         self._health.warn("subnet", (text,) if text else ())
 

@@ -214,16 +214,21 @@ _TYPES: dict[str, Callable[[str], Any]] = {"text": str, "bool": go_bool, "int": 
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, groups: Sequence[str] = ("store", "flannel", "own"), *, hidden: bool = False
+    parser: argparse.ArgumentParser,
+    groups: Sequence[str] = ("store", "flannel", "own"),
+    *,
+    hidden: bool = False,
+    one_dash: bool = True,
 ) -> None:
     """Add the flags of these groups, in both of Go's spellings.
 
-    ``hidden``: --help does not show them, and what is not given leaves no trace in the namespace.
+    ``hidden``: --help does not show them, and what is not given leaves no trace in the namespace. Without ``one_dash``,
+    in one spelling: argparse would take a subcommand's -k for the beginning of -kube-api-url.
     """
     for flag in FLAGS:
         if flag.group not in groups:
             continue
-        names = [f"--{flag.name}"] if flag.name == "v" else [f"--{flag.name}", f"-{flag.name}"]
+        names = [f"--{flag.name}", *([f"-{flag.name}"] if one_dash else [])]
         if flag.name == "v":
             names = ["-v", "--v"]
         common: dict[str, Any] = {"dest": flag.attribute, "default": None, "help": flag.shown.replace("%", "%%")}
@@ -238,9 +243,9 @@ def add_arguments(
             parser.add_argument(*names, type=_TYPES[flag.kind], metavar=metavar, **common)
 
 
-def add_store_arguments(parser: argparse.ArgumentParser, *, hidden: bool = False) -> None:
-    """Add what is needed to reach the store; for flannelctl."""
-    add_arguments(parser, ("store",), hidden=hidden)
+def add_store_arguments(parser: argparse.ArgumentParser, *, one_dash: bool = True) -> None:
+    """Add what is needed to reach the store; for flannelctl, whose --help has other things to say."""
+    add_arguments(parser, ("store",), hidden=True, one_dash=one_dash)
 
 
 def from_namespace(

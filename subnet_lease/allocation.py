@@ -18,7 +18,7 @@ from subnet_lease.lease import (
     Lease,
     LeaseAttrs,
     NodeIdentity,
-    subnet_key,
+    cidr,
 )
 from subnet_lease.network_config import NetworkConfig
 from subnet_lease.store import AddressInUse, LeaseRequest, OutOfSubnets, SubnetTaken
@@ -93,7 +93,7 @@ def address_in_use(rival: Lease, request: LeaseRequest) -> AddressInUse:
     likely_ghost = likeness(rival.attrs.node, request.identity) in ("same", "alike")
     return AddressInUse(
         f"public IP {rival.attrs.public_ip_of(family)} of node {request.identity.name!r} is in use by the live node "
-        f"{owner!r}, which leases {rival.key}. Two nodes cannot share one: give each its own with --public-ip or "
+        f"{owner!r}, which leases {rival.cidr}. Two nodes cannot share one: give each its own with --public-ip or "
         f"choose another interface with --iface; if both are one machine, give it one --node-name"
         + ("; if that was this node before a crash, it has its lease back within 30 s" if likely_ghost else "")
     )
@@ -218,12 +218,12 @@ def _check_kept(leases: Iterable[Lease], request: LeaseRequest) -> None:
         if _overlaps(lease, request.previous):
             address = lease.attrs.public_ip or lease.attrs.public_ipv6
             owner = lease.attrs.node.name if lease.attrs.node else str(address or "a node without a name")
-            subnet = subnet_key(*request.previous)
-            taken = f"subnet {subnet} of this node is now leased to {owner!r} as {lease.key}"
+            subnet = cidr(*request.previous)
+            taken = f"subnet {subnet} of this node is now leased to {owner!r} as {lease.cidr}"
             if lease.unreadable:
-                taken = f"subnet {subnet} of this node is taken by {lease.key}, whose value nobody can read"
+                taken = f"subnet {subnet} of this node is taken by {lease.cidr}, whose value nobody can read"
             raise SubnetTaken(
-                f"{taken}. This node keeps its data path; release the other lease (flannelctl release {lease.key}), or "
+                f"{taken}. This node keeps its data path; release the other lease (flannelctl release {lease.cidr}), or "
                 f"drain this node, remove its subnet file and restart flanneld to get a new subnet"
             )
 
@@ -292,9 +292,9 @@ def _out_of_subnets(config: NetworkConfig, family: Family, leases: Collection[Le
     size = 1 << (low.max_prefixlen - low.prefixlen)
     count = (int(high.network_address) - int(low.network_address)) // size + 1
     here = [lease for lease in leases if lease.subnet_of(family) is not None]
-    unfit = [lease.key for lease in here if not fits(config, (lease.subnet, lease.ipv6_subnet))]
-    reserved = [lease.key for lease in here if lease.reservation]
-    unreadable = [lease.key for lease in here if lease.unreadable]
+    unfit = [lease.cidr for lease in here if not fits(config, (lease.subnet, lease.ipv6_subnet))]
+    reserved = [lease.cidr for lease in here if lease.reservation]
+    unreadable = [lease.cidr for lease in here if lease.unreadable]
     text = (
         f"out of subnets: all {count} IPv{family} subnets from {low} to {high} are taken, {len(here)} leases, "
         f"{len(reserved)} of them reservations. "

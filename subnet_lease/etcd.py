@@ -247,15 +247,15 @@ class EtcdStore:
         if not own.reservation:
             if not request.keep:
                 log.warning(
-                    "this node's lease lay outside the network; it has another one now", old=own.key, new=created.key
+                    "this node's lease lay outside the network; it has another one now", old=own.cidr, new=created.cidr
                 )
             self._keys.delete(own)
         elif not request.keep:
             log.warning(
                 "the subnet reserved for this node lies outside the network; it has another one. Correct the network"
                 " (flannelctl config set) or the reservation (flannelctl release, then reserve)",
-                reserved=own.key,
-                leased=created.key,
+                reserved=own.cidr,
+                leased=created.cidr,
             )
         return created
 
@@ -297,7 +297,7 @@ class EtcdStore:
             silent = [lease for lease in leases if lease.attrs.node and lease.key not in signs]
             if silent:
                 some = ", ".join(
-                    f"{lease.key} of {lease.attrs.node.name!r}" for lease in silent[:5] if lease.attrs.node
+                    f"{lease.cidr} of {lease.attrs.node.name!r}" for lease in silent[:5] if lease.attrs.node
                 )
                 more = f" and {len(silent) - 5} more" if len(silent) > 5 else ""
                 return f". Not alive now, so perhaps to be reclaimed: {some}{more}"
@@ -324,13 +324,13 @@ class EtcdStore:
         self._held -= {lease.key}
         self._renewed.pop(lease.store_ref, None)
         if current is None:
-            return LeaseLost(f"lease {lease.key} of this node is gone from etcd")
+            return LeaseLost(f"lease {lease.cidr} of this node is gone from etcd")
         if current.unreadable:
-            return LeaseLost(f"lease {lease.key} of this node holds a value that nobody can read")
+            return LeaseLost(f"lease {lease.cidr} of this node holds a value that nobody can read")
         owner = current.attrs.node.name if current.attrs.node else str(current.attrs.public_ip)
         if _same_owner(current, lease):
-            return LeaseLost(f"lease {lease.key} of this node was rewritten by another process")
-        return LeaseLost(f"lease {lease.key} of this node now belongs to {owner!r}")
+            return LeaseLost(f"lease {lease.cidr} of this node was rewritten by another process")
+        return LeaseLost(f"lease {lease.cidr} of this node now belongs to {owner!r}")
 
 
 def _same_owner(current: Lease, ours: Lease) -> bool:

@@ -153,7 +153,7 @@ class KubeStore:
             except BadNode as error:
                 raise LeaseLost(f"node {self._own.name()}: {error}") from None
             if (lease.subnet, lease.ipv6_subnet) != (v4 if lease.subnet else None, v6 if lease.ipv6_subnet else None):
-                raise LeaseLost(f"node {self._own.name()} now has podCIDR {shown((v4, v6))}, not {lease.key}")
+                raise LeaseLost(f"node {self._own.name()} now has podCIDR {shown((v4, v6))}, not {lease.cidr}")
             self._own.repair(fold.own)
             self._refuse_rivals(fold.own, lease.attrs)
         return CHECK
@@ -168,7 +168,7 @@ class KubeStore:
         config = self._file.last or self._file.read()
         subnets = self._own.subnets(config, node)
         if (lease.subnet, lease.ipv6_subnet) != subnets:
-            raise LeaseLost(f"node {node.metadata.name} now has podCIDR {shown(subnets)}, not {lease.key}")
+            raise LeaseLost(f"node {node.metadata.name} now has podCIDR {shown(subnets)}, not {lease.cidr}")
         self._refuse_rivals(node, attrs)
         return self._own.publish(config, node, attrs)
 

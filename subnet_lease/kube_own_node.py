@@ -169,7 +169,7 @@ class OwnNode:
             if rival.ready and rival.seniority < own.seniority:
                 raise AddressInUse(
                     f"public IP {attrs.public_ip or attrs.public_ipv6} of node {own.metadata.name} is in use by the live"
-                    f" node {name}, which has {lease.key}. Two nodes cannot share one: give each its own by the annotation"
+                    f" node {name}, which has {lease.cidr}. Two nodes cannot share one: give each its own by the annotation"
                     f" {self._keys.name('node-public-ip')}, or choose another interface with --iface"
                 )
 

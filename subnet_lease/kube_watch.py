@@ -246,7 +246,7 @@ class NodeFold:
         self._claims[key] = claims
         self._by_key[key] = self._by_node[claims[0]]
         for loser in claims[1:]:
-            self._complain(loser, f"podCIDR {key} belongs to node {claims[0]}, too", None)
+            self._complain(loser, f"podCIDR {self._by_key[key].cidr} belongs to node {claims[0]}, too", None)
 
     def _lease(self, node: Node) -> Lease | None:
         name = node.metadata.name

@@ -88,6 +88,11 @@ class Lease:
         return subnet_key(self.subnet, self.ipv6_subnet)
 
     @property
+    def cidr(self) -> str:
+        """For people, and as flannelctl takes it."""
+        return cidr(self.subnet, self.ipv6_subnet)
+
+    @property
     def families(self) -> tuple[Family, ...]:
         return tuple(family for family in FAMILIES if self.subnet_of(family) is not None)
 
@@ -99,6 +104,11 @@ def subnet_key(subnet: IPv4Network | None, ipv6_subnet: IPv6Network | None) -> s
     """The key of a pair of subnets; a missing IPv4 subnet is spelled 0.0.0.0-0, as flannel does."""
     v4 = f"{subnet.network_address}-{subnet.prefixlen}" if subnet else "0.0.0.0-0"
     return f"{v4}&{ipv6_subnet.network_address}-{ipv6_subnet.prefixlen}" if ipv6_subnet else v4
+
+
+def cidr(subnet: IPNetwork | None, ipv6_subnet: IPNetwork | None) -> str:
+    """A pair of subnets for people: 10.5.52.0/24, or 10.5.52.0/24,fc00:0:0:34::/64."""
+    return ",".join(str(network) for network in (subnet, ipv6_subnet) if network is not None)
 
 
 @dataclass(frozen=True, slots=True)

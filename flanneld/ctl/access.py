@@ -52,12 +52,12 @@ class Access(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def add_connection(parser: argparse.ArgumentParser) -> None:
+def add_connection(parser: argparse.ArgumentParser, *, one_dash: bool = True) -> None:
     """The flags that say where the store is; flanneld's, and its environment counts, too. ``help store`` shows them."""
     from flanneld.options import add_store_arguments
 
     parser.add_argument_group("where the network is kept", STORE_HELP)
-    add_store_arguments(parser, hidden=True)
+    add_store_arguments(parser, one_dash=one_dash)
 
 
 def options_of(arguments: argparse.Namespace) -> Options:

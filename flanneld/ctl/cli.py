@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    add_connection(parser)  # before the command they mean the same as after it
+    add_connection(parser, one_dash=False)  # before the command they mean the same as after it
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         if importlib.util.find_spec(f"flanneld.ctl.{name}"):

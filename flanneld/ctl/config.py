@@ -204,7 +204,7 @@ def contradictions(config: NetworkConfig, leases: Iterable[Lease]) -> list[str]:
         # udp and alloc write no BackendType (flannel's own habit), and neither does a reservation.
         kind = lease.attrs.backend_type
         if kind and kind != config.backend_type:
-            other_backend.append(f"{lease.key} ({kind})")
+            other_backend.append(f"{lease.cidr} ({kind})")
     found = []
     if outside:
         found.append(

@@ -31,6 +31,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(arguments: argparse.Namespace) -> int:
     from flanneld.ctl.access import open_access
     from flanneld.ctl.reserve import owner, parse_subnets
+    from subnet_lease.lease import cidr
 
     v4, v6 = parse_subnets(arguments.subnet)
     with open_access(arguments) as access:
@@ -40,12 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
             if (v4 is not None and lease.subnet == v4) or (v6 is not None and lease.ipv6_subnet == v6)
         ]
         if not found:
-            raise Problem(f"nobody leases {arguments.subnet}", "see who has what: flannelctl leases")
+            raise Problem(f"nobody leases {cidr(v4, v6)}", "see who has what: flannelctl leases")
         for lease in found:
             if not arguments.force:
-                check(access, lease, arguments.subnet)
+                check(access, lease, lease.cidr)
             access.remove(lease)
-            put(f"released {arguments.subnet}, which was leased to {owner(lease)}")
+            put(f"released {lease.cidr}, which was leased to {owner(lease)}")
     return OK
 
 

@@ -56,12 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
         for other in overlapping(leases, subnets):
             lease = adopt(lease, other)
         access.reserve(lease)
-        put(f"reserved {arguments.subnet} for {owner(lease)}")
+        put(f"reserved {lease.cidr} for {owner(lease)}")
         for other in leases:
             if other.key != lease.key and same_node(lease, other):
                 note(
                     "note",
-                    f"{owner(other)} has {other.subnet or other.ipv6_subnet} already and keeps that; to move it, drain"
+                    f"{owner(other)} has {other.cidr} already and keeps that; to move it, drain"
                     " the node, stop flanneld there, release that subnet, and start flanneld",
                 )
     return OK
@@ -73,6 +73,8 @@ def parse_subnets(text: str) -> tuple[IPv4Network | None, IPv6Network | None]:
     for part in text.replace("&", ",").split(","):
         # The store's own spelling of a key is understood, too.
         spelled = part.strip() if "/" in part else "/".join(part.strip().rsplit("-", 1))
+        if "/" not in spelled:
+            raise Problem(f"{part!r} has no prefix length", "write a subnet such as 10.5.52.0/24", USAGE)
         try:
             network = ip_network(spelled)
         except ValueError as error:
@@ -122,8 +124,8 @@ def adopt(wanted: Lease, other: Lease) -> Lease:
     """The lease to write where ``other`` stands: its own, made permanent, if it is the same node's. Problem if not."""
     if other.key != wanted.key or not same_node(wanted, other):
         raise Problem(
-            f"{other.key} belongs to {owner(other)}",
-            f"choose another subnet, or free it: flannelctl release {other.subnet or other.ipv6_subnet}",
+            f"{other.cidr} belongs to {owner(other)}",
+            f"choose another subnet, or free it: flannelctl release {other.cidr}",
         )
     return dataclasses.replace(other, reservation=True)
 

@@ -182,7 +182,7 @@ def test_an_unreadable_lease_is_listed_and_released(ctl: Run, etcd: Etcd) -> Non
     (found,) = json.loads(ctl("leases", "--json")[1])
     assert (found["subnet"], found["unreadable"], found["reservation"]) == ("10.5.1.0/24", True, False)
     code, _, err = ctl("reserve", "10.5.1.0/24", "--node", "a")
-    assert code == 1 and "10.5.1.0-24 belongs to an unknown node (its value cannot be read)" in err
+    assert code == 1 and "10.5.1.0/24 belongs to an unknown node (its value cannot be read)" in err
     code, out, _ = ctl("release", "10.5.1.0/24")
     assert (code, out.split(", ")[0]) == (0, "released 10.5.1.0/24")
     assert "no leases under" in ctl("leases")[1]

@@ -91,7 +91,7 @@ def test_a_live_nodes_address_is_refused(network: Network) -> None:
     with pytest.raises(AddressInUse) as refused:
         join(network, "vagrant-b", "10.0.2.15", "kernel-2")
     text = str(refused.value)
-    assert all(word in text for word in ("10.0.2.15", "vagrant-a", "vagrant-b", "--public-ip", "--iface", lease.key))
+    assert all(word in text for word in ("10.0.2.15", "vagrant-a", "vagrant-b", "--public-ip", "--iface", lease.cidr))
     with pytest.raises(AddressInUse):  # a full clone of it, all marks alike
         join(network, "vagrant-a", "10.0.2.15", "kernel-2")
     assert network.keys() == [lease.key]
@@ -139,7 +139,7 @@ def test_a_standing_data_path_keeps_its_subnet_or_says_that_it_is_taken(network:
     with pytest.raises(SubnetTaken) as taken:
         store.acquire(store.read_config(), keep)
     assert "'b'" in str(taken.value)
-    assert lease.key in str(taken.value)
+    assert lease.cidr in str(taken.value)
     assert network.keys() == [lease.key]
 
 
@@ -286,7 +286,7 @@ def test_a_reservation_outside_the_network_is_told(network: Network) -> None:
     assert lease.key != "10.5.52.0-24"
     (warning,) = [entry for entry in logs if entry["log_level"] == "warning"]
     assert "the subnet reserved for this node" in warning["event"]
-    assert (warning["reserved"], warning["leased"]) == ("10.5.52.0-24", lease.key)
+    assert (warning["reserved"], warning["leased"]) == ("10.5.52.0/24", lease.cidr)
     assert network.keys() == sorted([lease.key, "10.5.52.0-24"])
 
 
@@ -420,7 +420,7 @@ def test_out_of_subnets_names_nodes_that_are_not_alive(network: Network) -> None
     for number, (name, store) in enumerate(stores.items(), 1):
         store.acquire(store.read_config(), request_of(name, f"192.168.64.{number}"))
     stores["gone"].close()
-    with pytest.raises(OutOfSubnets, match=r"to be reclaimed: 10\.5\.[123]\.0-24 of 'gone'$"):
+    with pytest.raises(OutOfSubnets, match=r"to be reclaimed: 10\.5\.[123]\.0/24 of 'gone'$"):
         join(network, "late", "192.168.64.9", "kernel-late")
 
 
@@ -455,7 +455,7 @@ def test_what_must_be_kept_is_claimed_over_an_unreadable_value_but_not_over_a_li
     network.etcd.ctl("put", network.key("10.5.52.0-24"), "garbage")
     network.etcd.ctl("put", f"{network.prefix}/up/10.5.52.0-24", '{"Instance":"another kernel","Node":"b"}')
     store = network.store()
-    with pytest.raises(SubnetTaken, match=r"is taken by 10\.5\.52\.0-24, whose value nobody can read.*release"):
+    with pytest.raises(SubnetTaken, match=r"is taken by 10\.5\.52\.0/24, whose value nobody can read.*release"):
         store.acquire(store.read_config(), request)
     network.etcd.ctl("del", f"{network.prefix}/up/10.5.52.0-24")
     lease = store.acquire(store.read_config(), request)
@@ -467,7 +467,7 @@ def test_out_of_subnets_names_what_cannot_be_read(network: Network) -> None:
     network.configure('{"Network":"10.5.0.0/22","Backend":{"Type":"vxlan"}}')
     for number in (1, 2, 3):
         network.etcd.ctl("put", network.key(f"10.5.{number}.0-24"), "{}" if number < 3 else "garbage")
-    with pytest.raises(OutOfSubnets, match=r"value cannot be read: 10\.5\.3\.0-24\. "):
+    with pytest.raises(OutOfSubnets, match=r"value cannot be read: 10\.5\.3\.0/24\. "):
         join(network, "late", "192.168.64.9")
 
 
