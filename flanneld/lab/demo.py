@@ -27,6 +27,7 @@ from flanneld.lab.containers import CNI_PLUGINS, Container
 from flanneld.lab.demo_view import (
     bar,
     explain_keep,
+    folded,
     hosts_table,
     make_console,
     milliseconds,
@@ -175,14 +176,14 @@ class Demo:
         self.console.print()
 
     def configure(self) -> None:
-        config = f'{{"Network": "{self.network}", "Backend": {{"Type": "vxlan"}}}}'
+        config = f'{{"Network": "{self.network}"}}'  # the backend is vxlan unless another one is named
         if self.options.nftables:
             config = config[:-1] + ', "EnableNFTables": true}'
         with self.step("A network configuration in etcd"):
             self.console.print(f"[dim]$[/dim] flannelctl config set '{escape(config)}'")
             argv = [sys.executable, "-m", "flanneld.ctl.cli", "config", "set", config]
             output = self.lab.etcd_ns.run([*argv, f"--etcd-endpoints={self.lab.etcd.endpoint}"])
-            self.console.print(escape(output.strip()))
+            self.console.print(escape(folded(output.strip())))
 
     def start(self) -> None:
         """flanneld on every host at once; the table lives until all are ready."""
@@ -268,16 +269,16 @@ class Demo:
         with self.step("Damage on h1 under a ping of 100 a second; the clock is ip -ts monitor"):
             subnet = str(IPv4Network(receiver.subnet_env["FLANNEL_SUBNET"], strict=False))
             target = next(peer for peer in peers_in_kernel(host) if peer.subnet == subnet)
-            made = table("deleted", "healed after", "pings lost", "command")
             good = True
             for fault in vxlan_faults(host, target):
+                self.console.print(f"[dim]$[/dim] {escape(fault.command)}")
                 try:
                     result = heal(host, fault, sender, receiver)
                 except NotYet as error:
                     good = False
-                    made.add_row(fault.title, "[bold red]never[/bold red]", "", escape(str(error)))
+                    self.console.print(f"{fault.title:16}  [bold red]never healed[/bold red]: {escape(str(error))}")
                     continue
-                lost = f"{result.lost} of {result.sent}"
-                made.add_row(fault.title, f"[green]{milliseconds(result.seconds)}[/green]", lost, fault.command)
-            self.console.print(made)
+                lost = f"{result.lost} of {result.sent} pings lost"
+                took = f"{milliseconds(result.seconds):7}"
+                self.console.print(f"{fault.title:16}  healed after [green]{took}[/green]  {lost}")
         return good

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from ipaddress import IPv4Network
-from pathlib import Path
 from typing import IO, Final, cast
 
 from rich._export_format import CONSOLE_SVG_FORMAT
@@ -18,15 +18,18 @@ from rich.text import Text
 from flanneld.ctl.output import Trimmed
 from flanneld.lab.faults import peers_in_kernel
 from flanneld.lab.hosts import Host, Lab
+from flanneld.lab.leave import doors
 from flanneld.lab.ping import PingResult
 
 DEVICE: Final = "flannel.1"
+WIDTH: Final = 80
+"""Columns that all of it fits in, but for the ping matrix of more hosts than three."""
 
 
 def make_console(*, record: bool) -> Console:
     if record:
         return Console(
-            record=True, force_terminal=True, width=112, highlight=False, emoji=False, color_system="truecolor"
+            record=True, force_terminal=True, width=WIDTH, highlight=False, emoji=False, color_system="truecolor"
         )
     if sys.stdout.isatty():
         return Console(highlight=False, emoji=False)
@@ -58,11 +61,16 @@ def hosts_table(hosts: Sequence[Host]) -> Table:
 
 
 def table(*columns: str) -> Table:
-    """A table without lines; only the last column, of commands, may be broken."""
+    """A table without lines."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        made.add_column(column, no_wrap=column != "command")
+        made.add_column(column, no_wrap=True)
     return made
+
+
+def folded(text: str) -> str:
+    """What a program printed, no wider than a terminal."""
+    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in text.splitlines())
 
 
 def ping_cell(result: PingResult | None) -> Text:
@@ -82,18 +90,17 @@ def bar(share: float, width: int = 40) -> str:
 
 def explain_keep(console: Console, lab: Lab) -> None:
     """How to look around in what was left running, and how to remove it."""
-    host = lab.hosts[0]
-    inside = f"sudo nsenter --net={host.ns.path}"
-    flannelctl = Path(sys.executable).with_name("flannelctl")
+    first, *others = doors(lab)
     console.print("[bold]It keeps running. Look around:[/bold]")
     for command in (
-        f"{inside} ip -d link show {DEVICE}",
-        f"{inside} ip route",
-        f"{inside} bridge fdb show dev {DEVICE}",
-        f"{inside} {flannelctl} leases --etcd-endpoints={lab.etcd.endpoint}",
-        f"{inside} {flannelctl} status --diff --subnet-file={host.daemon.subnet_file}",
-        f"less {host.daemon.log}",
+        f"sudo sh {first} ip -d link show {DEVICE}",
+        f"sudo sh {first} ip route",
+        f"sudo sh {first} bridge fdb show dev {DEVICE}",
+        f"sudo sh {first} flannelctl leases",
+        f"sudo sh {first} flannelctl status --diff",
+        f"less {lab.hosts[0].daemon.log}",
     ):
         console.print(f"  {escape(command)}", soft_wrap=True)
+    console.print(f"On the others likewise: {', '.join(path.name for path in others)}; without a command, a shell.")
     console.print("[bold]Remove it:[/bold]")
     console.print(f"  sudo script/demo --remove {lab.directory}", soft_wrap=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +31,28 @@ def leave(lab: Lab) -> Path:
     (lab.directory / FILE).write_text(json.dumps({"namespaces": namespaces, "directories": directories}))
     lab.forget()
     return lab.directory
+
+
+def doors(lab: Lab) -> list[Path]:
+    """Write a script for each host that runs a command there, flannelctl among them: ``sh PATH ip route``."""
+    programs = Path(sys.executable).parent
+    made = []
+    for host in lab.hosts:
+        settings = {"PATH": f"{programs}:{os.environ.get('PATH', os.defpath)}"}
+        if lab.has_etcd:
+            settings["FLANNELD_ETCD_ENDPOINTS"] = lab.etcd.endpoint
+        if host.daemons:
+            settings["FLANNELD_SUBNET_FILE"] = str(host.daemon.subnet_file)
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
+        path = lab.directory / f"on-{host.name}"
+        path.write_text(
+            f"# Run a command on {host.name}; without one, a shell.\n"
+            f"export {words}\n"
+            '[ $# -gt 0 ] || set -- "${SHELL:-sh}"\n'
+            f'exec nsenter --net={shlex.quote(str(host.ns.path))} -- "$@"\n'
+        )
+        made.append(path)
+    return made
 
 
 def remove(directory: Path) -> int:

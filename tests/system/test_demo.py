@@ -24,6 +24,11 @@ def traces(directory: Path) -> set[str]:
     return {str(path) for path in directory.glob("flanneld-*")}
 
 
+def too_wide(out: str) -> list[str]:
+    """What does not fit in the columns that every terminal has."""
+    return [line for line in out.splitlines() if len(line) > 80]
+
+
 @pytest.mark.field_problem(1)
 @pytest.mark.field_problem(2)
 def test_three_hosts_from_nothing_to_healed_and_gone(tmp_path: Path) -> None:
@@ -43,10 +48,11 @@ def test_three_hosts_from_nothing_to_healed_and_gone(tmp_path: Path) -> None:
     assert re.search(r"underlay +[\d.]+ Gbit/s", out) and re.search(r"overlay +[\d.]+ Gbit/s", out)
     assert re.search(r"UDP +\d+ > 8472\nVXLAN +VNI 1\n", out)
     for what in ("a route", "an FDB entry", "the whole device"):
-        healed = re.search(rf"^{what} +(?:< )?([\d.]+) ms +(\d+) of \d+", out, re.MULTILINE)
+        healed = re.search(rf"^{what} +healed after (?:< )?([\d.]+) ms +(\d+) of \d+ pings lost$", out, re.MULTILINE)
         assert healed, f"{what}: not healed:\n{out}"
         assert float(healed[1]) < 10_000
     assert "everything worked" in out
+    assert too_wide(out) == []
     assert traces(tmp_path) == set()
 
 
@@ -86,21 +92,32 @@ def test_kept_running_then_removed(tmp_path: Path) -> None:
     assert left, done.stdout + done.stderr
     try:
         assert done.returncode == 0, done.stdout
-        command = re.search(r"^ +sudo (nsenter --net=(\S+)) ip route$", done.stdout, re.MULTILINE)
-        assert command, done.stdout
-        routes = subprocess.run([*command[1].split(), "ip", "route"], capture_output=True, text=True, check=True).stdout
+        assert too_wide(done.stdout.replace(str(tmp_path), "/tmp")) == []
+        shown = {
+            line.removeprefix("  sudo sh "): subprocess.run(
+                line.removeprefix("  sudo ").split(), capture_output=True, text=True, check=True
+            ).stdout
+            for line in done.stdout.splitlines()
+            if line.startswith("  sudo sh ")
+        }
+        door = f"{left[1]}/on-h1"
+        routes = shown[f"{door} ip route"]
         assert re.search(r"^10\.77\.\d+\.0/24 via 10\.77\.\d+\.0 dev flannel\.1", routes, re.MULTILINE), routes
+        assert [line.split()[1] for line in shown[f"{door} flannelctl leases"].splitlines()[1:]] in (
+            ["h1", "h2"],
+            ["h2", "h1"],
+        )
+        assert "kernel    as it should be" in shown[f"{door} flannelctl status --diff"]
         tables = subprocess.run(
-            [*command[1].split(), "nft", "list", "tables"], capture_output=True, text=True, check=True
+            ["sh", f"{left[1]}/on-h2"], input="nft list tables", capture_output=True, text=True, check=True
         )
         assert "table ip flannel-ipv4" in tables.stdout
-        assert Path(command[2]).exists()
     finally:
         removed = subprocess.run(
             [*DEMO, "--remove", left[1]], capture_output=True, text=True, timeout=60, check=False, env=environment
         )
     assert removed.returncode == 0, removed.stderr
-    assert not Path(command[2]).exists()
+    assert not Path(left[1]).exists()
     assert traces(tmp_path) == set()
     again = subprocess.run([*DEMO, "--remove", left[1]], capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 1 and "not a demo that was left running" in again.stderr
