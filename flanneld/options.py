@@ -296,10 +296,10 @@ def parse(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> 
         options, warnings = from_namespace(parser.parse_args(argv), environment)
     except UsageError as error:
         parser.error(str(error))
-    return options, (*warnings, *_without_effect(options, os.environ if environment is None else environment))
+    return options, (*warnings, *without_effect(options, os.environ if environment is None else environment))
 
 
-def _without_effect(options: Options, environment: Mapping[str, str]) -> Iterator[str]:
+def without_effect(options: Options, environment: Mapping[str, str]) -> Iterator[str]:
     """What somebody wrote and nothing reads: misspelt variables, TLS files for endpoints without TLS."""
     known = {flag.variable for flag in FLAGS}
     for name in sorted(environment):
@@ -321,7 +321,7 @@ def _check(options: Options) -> None:
             f"--etcd-endpoints={_without_password(options.etcd_endpoints)}: name and password do not belong into it;"
             " use --etcd-username and --etcd-password"
         )
-    if not Path(options.subnet_file).name or options.subnet_file.endswith("/") or Path(options.subnet_file).is_dir():
+    if not Path(options.subnet_file).name or options.subnet_file.endswith("/") or os.path.isdir(options.subnet_file):  # noqa: PTH112 - Path's raises where we may not look
         raise UsageError(f"--subnet-file={options.subnet_file}: must name a file, such as {DEFAULT_SUBNET_FILE}")
     if not 1 <= options.subnet_lease_renew_margin <= 1439:
         raise UsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import queue
 import sys
 import threading
@@ -61,11 +62,11 @@ def add_connection(parser: argparse.ArgumentParser, *, one_dash: bool = True) ->
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    """The flags, the environment and the defaults; says which variables are unusable."""
-    from flanneld.options import from_namespace
+    """The flags, the environment and the defaults; says which variables are unusable, and which nobody reads."""
+    from flanneld.options import from_namespace, without_effect
 
     options, warnings = from_namespace(arguments)
-    for text in warnings:
+    for text in (*warnings, *without_effect(options, os.environ)):
         note("warning", text)
     return options
 
@@ -97,6 +98,7 @@ def _log_to_stderr() -> None:
     import structlog
 
     def render(_logger: object, level: str, event: MutableMapping[str, Any]) -> str:
+        level = "note" if level in ("debug", "info") else level
         details = "; ".join(f"{key} {value}" for key, value in event.items() if key not in ("event", "error"))
         return f"{level}: {event['event']}{': ' if 'error' in event else ''}{event.get('error', '')}" + (
             f" ({details})" if details else ""

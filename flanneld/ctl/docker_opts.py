@@ -90,7 +90,8 @@ def read_shell_variables(path: Path) -> dict[str, str]:
         note("warning", f"{path} does not exist: no subnet in it; start flanneld first")
         return {}
     except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror}") from None
+        remedy = "run it with sudo" if isinstance(error, PermissionError) else ""
+        raise Problem(f"cannot read {path}: {error.strerror}", remedy) from None
     found = {}
     for line in lines:
         key, equals, value = line.strip().removeprefix("export ").partition("=")

@@ -8,6 +8,7 @@ the tunnel's UDP port (field problem 46). A node that is not ready itself blames
 from __future__ import annotations
 
 import argparse
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Collection
@@ -68,6 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     status = read_status(arguments)
     if reasons := unfit(status, {name for _, name in socket.if_nameindex()}):
         raise Problem(f"this node is not ready: {'; '.join(reasons)}", "see flannelctl status")
+    if shutil.which("ping") is None:
+        raise Problem(
+            "there is no ping on this host, so no path can be tried", "on Debian: apt-get install iputils-ping"
+        )
     with open_access(arguments) as access:
         text, _ = access.config_text()
         config = understood(text, access.config_name, etcd=access.allocates)

@@ -65,13 +65,10 @@ def _refuse_unheard(arguments: argparse.Namespace, status: dict[str, Any]) -> No
         case "hangs":
             raise Problem(f"flanneld {status['problem']}")
         case "refused":
-            where = place(arguments, status)
-            port = where.port if where else DEFAULT_PORT
+            port = arguments.healthz_port or DEFAULT_PORT
             raise Problem(
                 f"flanneld runs without --healthz-port, or not with {port}: {status['problem']}",
-                own_place(status)
-                if status.get("healthz")
-                else f"start it with --healthz-port={port}, or give its own here",
+                f"start it with --healthz-port={port}, or give its own here",
             )
         case "mute":
             raise Problem(

@@ -121,8 +121,9 @@ def read_status(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is known of this node. ``source`` says from where, ``age`` how old it is in seconds, ``running`` if it is.
 
     A daemon on this port that keeps another subnet file is not the one that was asked for: then the file counts, and
-    ``problem`` says why the daemon itself did not tell; ``unheard`` is that for programs: "other", "hangs" (it lives
-    and must be restarted), "refused" (nothing listens), "mute" (it runs without a port), "late" or "failed".
+    ``problem`` says why the daemon itself did not tell; ``unheard`` is that for programs: "other", "elsewhere" (it was
+    asked where it does not listen), "mute" (it runs without a port), "hangs" (it lives and must be restarted), "refused"
+    (nothing listens), "late" or "failed".
     """
     wanted, file = subnet_file(arguments), status_file(arguments)
     written = read_file(file, wanted)
@@ -136,12 +137,12 @@ def read_status(arguments: argparse.Namespace) -> dict[str, Any]:
             return {**answer, "running": True, "source": f"http://{where}/status", "age": 0.0}
         unheard, problem = "other", f"another daemon (pid {answer['pid']}, {other}) answers at {where}"
         remedy = f"start this one, or give its --healthz-port; that one's status: --subnet-file={other}"
+    elif where is not None and lives and written and "healthz" in written and not _listens_on(written, where):
+        unheard = "elsewhere"
     elif unheard == "late" and lives:
-        unheard = "other"
-        if written is None or "healthz" not in written or _listens_on(written, where):
-            pid = f" (pid {written['pid']})" if written and written.get("pid") else ""
-            unheard, problem = "hangs", f"runs{pid} but does not answer on {where}; restart it"
-            written = {"subnet_file": wanted} if written is None else written
+        pid = f" (pid {written['pid']})" if written and written.get("pid") else ""
+        unheard, problem = "hangs", f"runs{pid} but does not answer on {where}; restart it"
+        written = {"subnet_file": wanted} if written is None else written
     if written is None:
         if arguments.subnet_file and lives:
             raise Problem(f"flanneld runs with {wanted}, but {problem}, and there is no {file}", remedy)
@@ -169,9 +170,9 @@ def _hear(where: Place | None) -> tuple[dict[str, Any] | None, str, str]:
     return (answer, "", "") if is_status(answer) else (None, "failed", f"what answers at {where} is not flanneld")
 
 
-def _listens_on(status: dict[str, Any], where: Place | None) -> bool:
+def _listens_on(status: dict[str, Any], where: Place) -> bool:
     own = _read_place(status.get("healthz"))
-    return own is not None and where is not None and own.port == where.port
+    return own is not None and own.port == where.port
 
 
 def _age(file: Path) -> float:

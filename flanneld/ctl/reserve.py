@@ -73,10 +73,10 @@ def parse_subnets(text: str) -> tuple[IPv4Network | None, IPv6Network | None]:
     for part in text.replace("&", ",").split(","):
         # The store's own spelling of a key is understood, too.
         spelled = part.strip() if "/" in part else "/".join(part.strip().rsplit("-", 1))
-        if "/" not in spelled:
-            raise Problem(f"{part!r} has no prefix length", "write a subnet such as 10.5.52.0/24", USAGE)
         try:
             network = ip_network(spelled)
+            if "/" not in spelled:  # ip_network takes it for one address
+                raise ValueError("it has no prefix length")
         except ValueError as error:
             raise Problem(f"{part!r}: {error}", "write a subnet such as 10.5.52.0/24", USAGE) from None
         if network.version in found:

@@ -60,8 +60,8 @@ def show(status: dict[str, Any]) -> None:
     where.print(_row("flanneld", "", state, "bold green" if running and ready else "bold red"))
     for name, value in facts(status):
         where.print(_row(name, "dim", value))
-    if unheard == "other":
-        where.print(_row("warning", "yellow", f"{status['problem']}; {own_place(status)}"))
+    if unheard in ("other", "elsewhere"):
+        where.print(_row("warning", "yellow", f"{status['problem']}" + (f"; {own_place(status)}" if running else "")))
     for reason in status.get("reasons") or ():
         where.print(_row("wrong", "bold red", str(reason)))
     for text in status.get("warnings") or ():

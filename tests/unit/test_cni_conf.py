@@ -97,4 +97,15 @@ def test_the_command(subnet_file: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert target.read_text() == printed
     assert "written" in capsys.readouterr().out
     assert main(["cni-conf", "--subnet-file", "/nowhere/subnet.env"]) == 1
-    assert "no such file or directory" in capsys.readouterr().err
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_without_a_subnet_file_it_is_said_what_is_to_be_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "subnet.env"
+    assert main(["cni-conf", f"--subnet-file={missing}"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: cannot read {missing}: No such file or directory\n"
+        "next:  start flanneld first, or name its --subnet-file\n"
+    )

@@ -91,6 +91,15 @@ def test_the_stores_flags_have_a_page_of_their_own_and_do_not_fill_every_other(
     assert "there is no help for leasse" in capsys.readouterr().err
 
 
+def test_a_variable_that_nobody_reads_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLANNELD_ETCD_ENDPOINT", "http://127.0.0.1:2")
+    assert cli.main(["leases", "--etcd-endpoints=http://127.0.0.1:1"]) == 1
+    told = "FLANNELD_ETCD_ENDPOINT is no variable that flanneld reads; did you mean FLANNELD_ETCD_ENDPOINTS?"
+    assert capsys.readouterr().err.splitlines()[0] == f"warning: {told}"
+
+
 def test_the_version_is_flannelds(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
@@ -257,6 +266,18 @@ def test_the_doctor_looks_at_its_own_node_first(status: dict[str, object], reaso
     assert doctor.unfit({"running": True, **status}, {"lo", "eth0"}) == reasons
 
 
+def test_without_ping_the_doctor_blames_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "subnet.env"
+    (tmp_path / "flanneld-status.json").write_text('{"pid": 4711, "ready": true, "healthz": null}')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lock = hold_lock(str(file))
+    assert cli.main(["doctor", f"--subnet-file={file}"]) == 1
+    os.close(lock)
+    assert "there is no ping on this host" in capsys.readouterr().err
+
+
 def test_facts_leave_out_what_is_unknown() -> None:
     assert facts({"node": "h1", "subnet": None, "peers": 0, "last_pass": {}, "store_errors": {}}) == [
         ("node", "h1"), ("peers", "0")
@@ -288,7 +309,7 @@ def test_a_refused_peer_is_written_as_its_subnet(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("text", ["10.5.7.0", "fc00::"])
 def test_a_subnet_without_a_length_is_told_so(text: str) -> None:
-    with pytest.raises(Problem, match="has no prefix length"):
+    with pytest.raises(Problem, match="it has no prefix length"):
         parse_subnets(text)
 
 
@@ -432,6 +453,7 @@ def test_diff_names_the_port_that_a_daemon_lacks(
     lock = hold_lock(str(file))
     flags = [f"--subnet-file={file}", f"--healthz-port={port}"]
     assert cli.main(["status", *flags]) == 0
+    assert "warning" not in capsys.readouterr().out
     assert cli.main(["status", "--diff", *flags]) == 1
     os.close(lock)
     error = capsys.readouterr().err
@@ -474,6 +496,8 @@ def test_a_daemon_is_not_said_to_hang_for_another_ones_port(
         own = "listens on 127.0.0.1:1" if healthz else "runs without --healthz-port"
         assert shown.splitlines()[0] == "flanneld  ready"
         assert f"warning   nothing answers at 127.0.0.1:{port} in time; this one {own}\n" in shown
+        assert cli.main(["status", f"--subnet-file={file}", "--healthz-port=2"]) == 0
+        assert f"warning   nothing listens on 127.0.0.1:2; this one {own}\n" in capsys.readouterr().out
         # Without a flag nobody is asked who is not this one.
         monkeypatch.setattr("flanneld.ctl.node.DEFAULT_PORT", port)
         assert cli.main(["status", f"--subnet-file={file}"]) == 0

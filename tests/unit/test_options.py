@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from typing import Any
 
 import pytest
 import structlog
@@ -171,3 +174,15 @@ def test_what_nothing_reads_is_a_warning_with_a_suggestion() -> None:
     _, warnings = parse(("--etcd-endpoints=http://10.0.0.1:2379", "--etcd-cafile=/ca.pem"), {})
     assert len(warnings) == 1 and "--etcd-cafile" in warnings[0] and "https://" in warnings[0]
     assert parse(("--etcd-endpoints=https://10.0.0.1:2379", "--etcd-cafile=/ca.pem"), {})[1] == ()
+
+
+def test_a_subnet_file_where_this_user_may_not_look_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.stat
+
+    def stat(path: Any, *words: Any, **more: Any) -> os.stat_result:
+        if "subnet.env" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *words, **more)
+
+    monkeypatch.setattr("os.stat", stat)
+    assert parse(["--subnet-file=/run/secret/subnet.env"], {})[0].subnet_file == "/run/secret/subnet.env"
