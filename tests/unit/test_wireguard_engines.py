@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import struct
+import tempfile
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
@@ -140,6 +141,13 @@ def test_this_kernel_gives_its_families_numbers() -> None:
         with pytest.raises(NetlinkError) as error:
             netlink.get(CONTROL_FAMILY, family_request("no-such-family"))
     assert error.value.errno == errno.ENOENT
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: the name of a socket has 108 bytes at most, and beside other tests pytest's own directory is long."""
+    with tempfile.TemporaryDirectory(prefix="wg") as directory:
+        yield Path(directory)
 
 
 class FakeProgram:
