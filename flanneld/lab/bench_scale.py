@@ -40,6 +40,8 @@ class Scale:
     restart_writes: int
     latency_median_ms: float
     latency_p99_ms: float
+    cpu_per_change_ms: float
+    """Of the daemon, all threads, with what the kernel does for it."""
     storm_rate: float
     storm_exact_after: float
     memory_few: int
@@ -55,6 +57,7 @@ class Scale:
             ("writes to the kernel at that restart", str(self.restart_writes)),
             ("one lease changed: etcd's answer to route in the kernel, median", f"{self.latency_median_ms:.1f} ms"),
             ("the same, 99th percentile", f"{self.latency_p99_ms:.1f} ms"),
+            ("the daemon's CPU for it", f"{self.cpu_per_change_ms:.1f} ms"),
             ("storm: changes a second for 10 s", f"{self.storm_rate:.0f}"),
             ("storm: exact state after its end", f"{self.storm_exact_after:.2f} s"),
             ("resident memory at 3 peers", f"{self.memory_few / mib:.0f} MiB"),
@@ -215,7 +218,9 @@ def measure(peers: int = 5000) -> Scale:
         cpu = cpu_seconds(pid)
         time.sleep(20)
         idle = (cpu_seconds(pid) - cpu) / 20
+        cpu = cpu_seconds(pid)
         changes = sorted(latencies(host, client, peers, 300))
+        cpu = cpu_seconds(pid) - cpu
         reached, exact_after = storm(host, client, peers + 1000, 1000, 10)
         return Scale(
             peers=peers,
@@ -224,6 +229,7 @@ def measure(peers: int = 5000) -> Scale:
             restart_writes=restart_writes,
             latency_median_ms=statistics.median(changes),
             latency_p99_ms=changes[int(len(changes) * 0.99)],
+            cpu_per_change_ms=cpu / len(changes) * 1000,
             storm_rate=reached,
             storm_exact_after=exact_after,
             memory_few=few,
