@@ -1,14 +1,15 @@
 """Pure: what this host should have in its kernel, kept up to date lease by lease.
 
 One ``DesiredState`` holds for one standing of this node (its configuration, backend, underlay and own lease); when
-that changes, a new one is made. ``update`` takes complete snapshots and costs a pointer comparison for each lease
-that did not change and one call of the backend for each that did.
+that changes, a new one is made. ``update`` takes complete snapshots and costs one call of the backend for each lease
+that differs from the last one it took; the others are not looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 from backends.backend import Backend, Host, PeerRefused
 from backends.kernel_state import (
@@ -24,6 +25,7 @@ from backends.kernel_state import (
     Sysctl,
 )
 from subnet_lease.lease import FAMILIES, Family, IPNetwork, Lease
+from subnet_lease.persistent_map import PersistentMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,14 @@ LINGER = 2.0
 deleted by mistake is claimed again within that time, and no packet is lost meanwhile."""
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Where an update may have changed something: keys of records that came, went or changed, and keys of leases."""
+
+    records: set[Key] = field(default_factory=set)
+    leases: set[str] = field(default_factory=set)
+
+
 class DesiredState:
     """The desired records by key, and why some peers have none."""
 
@@ -60,9 +70,12 @@ class DesiredState:
         )
         self._records: dict[Key, Record] = {}
         self._owner: dict[Key, str] = {}
-        self._leases: Mapping[str, Lease] = {}
+        self._leases: PersistentMap[str, Lease] = PersistentMap()
         self._peers: dict[str, dict[Key, Record]] = {}
         self._lingering: dict[str, float] = {}
+        """Leases that are gone, and when their records go, the first one first."""
+        self._waiting: dict[Key, set[str]] = {}
+        """Leases that were refused because another one has this record."""
         self.refused: dict[str, str] = {}
         for record in self._host_records():
             self._records[record.key] = record
@@ -97,29 +110,33 @@ class DesiredState:
     @property
     def next_departure(self) -> float | None:
         """When ``update`` has something to do without a new snapshot, on the clock of its ``now``."""
-        return min(self._lingering.values(), default=None)
+        return next(iter(self._lingering.values()), None)
 
-    def update(self, leases: Mapping[str, Lease], now: float) -> set[Key]:
-        """Follow a snapshot at time ``now`` (seconds); the keys of records that came, went or changed."""
-        touched: set[Key] = set()
-        before = self._leases
-        if leases is not before:
-            changed = [key for key, lease in leases.items() if before.get(key) is not lease]
-            gone = [key for key in before if key not in leases]
-            self._leases = leases
-            for key in gone:
+    def update(self, leases: PersistentMap[str, Lease], now: float) -> Update:
+        """Follow a snapshot at time ``now`` (seconds)."""
+        update = Update()
+        # In the order of their keys: of leases that collide, every node that starts gives the same one its way.
+        news = [(key, leases.get(key)) for key in sorted(leases.differences(self._leases))]
+        self._leases = leases
+        freed: set[Key] = set()
+        for key, lease in news:
+            if lease is None:
                 self._lingering[key] = now + LINGER
                 self.refused.pop(key, None)
-            for key in changed:
+                update.leases.add(key)
+                freed.update(self._peers.get(key, ()))
+        for key, lease in news:
+            if lease is not None:
                 self._lingering.pop(key, None)
-                touched |= self._admit(key, leases[key], touched)
-        for key in [key for key, end in self._lingering.items() if end <= now]:
-            touched |= self._withdraw(key)
-        if self.refused and (touched or self._lingering):
-            # What a refused peer collided with may be gone now.
-            for key in [key for key in self.refused if key in leases]:
-                touched |= self._admit(key, leases[key], touched)
-        return touched
+                self._admit(key, lease, update)
+        for key in list(takewhile(lambda key: self._lingering[key] <= now, self._lingering)):
+            self._withdraw(key, update)
+        # What a refused peer collided with may be gone, or go, now.
+        waiting = {waiter for key in freed | update.records for waiter in self._waiting.pop(key, ())}
+        for key in sorted(waiting):
+            if key in self.refused:
+                self._admit(key, leases[key], update)
+        return update
 
     def _host_records(self) -> Iterable[Record]:
         yield from self.standing.backend.host_state(self.standing.host)
@@ -128,23 +145,28 @@ class DesiredState:
             for subnet in self.standing.host.subnets.values():
                 yield Route(str(subnet), None, type="blackhole", metric=BLACKHOLE_METRIC, protocol=ROUTE_PROTOCOL)
 
-    def _admit(self, lease_key: str, lease: Lease, touched: set[Key]) -> set[Key]:
-        """Give a lease its records. What lingers in its way goes at once; those keys are added to ``touched``."""
+    def _admit(self, lease_key: str, lease: Lease, update: Update) -> None:
+        """Give a lease its records. What lingers in its way goes at once."""
         if self._is_ours(lease_key, lease) or not self.standing.backend.accepts(lease):
-            return self._withdraw(lease_key)
+            self._withdraw(lease_key, update)
+            return
         try:
             self._check(lease)
             new, reason = self._ask(lease)
-            self._check_collisions(lease_key, new, touched)
+            self._check_collisions(lease_key, new, update)
         except PeerRefused as refusal:
             new, reason = {}, str(refusal)
         if reason and not new:
-            changed = self._withdraw(lease_key)
+            self._withdraw(lease_key, update)
             self.refused[lease_key] = reason
-            return changed
-        old = self._peers.get(lease_key, {})
-        for key in old.keys() - new.keys():
-            del self._records[key], self._owner[key]
+            return
+        old = self._peers.get(lease_key)
+        if old is None:
+            update.records.update(new)
+        else:
+            update.records.update(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+            for key in old.keys() - new.keys():
+                del self._records[key], self._owner[key]
         self._records.update(new)
         self._owner.update(dict.fromkeys(new, lease_key))
         self._peers[lease_key] = new
@@ -152,7 +174,7 @@ class DesiredState:
             self.refused[lease_key] = reason
         else:
             self.refused.pop(lease_key, None)
-        return {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} if old else set(new)
+        update.leases.add(lease_key)
 
     def _ask(self, lease: Lease) -> tuple[dict[Key, Record], str]:
         """The backend's records, and why one family has none ("": all have theirs)."""
@@ -161,13 +183,14 @@ class DesiredState:
         except PeerRefused as refusal:
             return {r.key: r for r in refusal.records}, str(refusal)
 
-    def _withdraw(self, lease_key: str) -> set[Key]:
+    def _withdraw(self, lease_key: str, update: Update) -> None:
         self.refused.pop(lease_key, None)
         self._lingering.pop(lease_key, None)
-        keys = set(self._peers.pop(lease_key, {}))
-        for key in keys:
+        records = self._peers.pop(lease_key, {})
+        for key in records:
             del self._records[key], self._owner[key]
-        return keys
+        update.leases.add(lease_key)
+        update.records.update(records)
 
     def _is_ours(self, lease_key: str, lease: Lease) -> bool:
         """Our lease, or what is left of it for a moment when it has moved to another key (a family turned on or off)."""
@@ -204,7 +227,7 @@ class DesiredState:
             if address is not None and address in subnet:
                 raise PeerRefused(f"lease {lease.key} covers {address}, {whose}")
 
-    def _check_collisions(self, lease_key: str, records: Mapping[Key, Record], touched: set[Key]) -> None:
+    def _check_collisions(self, lease_key: str, records: Mapping[Key, Record], update: Update) -> None:
         for key in records:
             if key not in self._records:
                 continue
@@ -212,8 +235,9 @@ class DesiredState:
             if holder is None:
                 raise PeerRefused(f"lease {lease_key} wants {records[key]}, which belongs to this node")
             if holder in self._lingering:
-                touched |= self._withdraw(holder)
+                self._withdraw(holder, update)
             elif holder != lease_key:
+                self._waiting.setdefault(key, set()).add(lease_key)
                 raise PeerRefused(f"lease {lease_key} wants {records[key]}, which belongs to lease {holder}")
 
 

@@ -64,7 +64,7 @@ class WantedState:
         self._desired: DesiredState | None = None
         self._owned: tuple[object, object, Owned] | None = None
         self._refused: dict[str, str] = {}
-        self._peers: frozenset[str] = frozenset()
+        self._peers: set[str] = set()
         self.last_pass: dict[str, Any] = {}
 
     @property
@@ -84,13 +84,14 @@ class WantedState:
             if desired is None:
                 return None
             fresh = desired is not self._desired
-        touched = desired.update(snapshot.leases, time.monotonic())
-        if touched or fresh:
-            self._log_peers(frozenset() if fresh else self._peers, desired, quiet=fresh)
+        update = desired.update(snapshot.leases, time.monotonic())
+        if fresh:
+            self._peers.clear()
+        self._log_peers(update.leases, desired, quiet=fresh)
+        self._show_refused(update.leases | self._refused.keys() if fresh else update.leases, desired)
         self._desired = desired
-        self._show_refused(desired)
         self._metrics.peers.set(desired.peers)
-        changed = None if fresh else frozenset(touched)
+        changed = None if fresh else frozenset(update.records)
         owned = self._ownership(observed, desired)
         return Wanted(desired.state, desired.scope, changed, owned, desired.next_departure)
 
@@ -185,10 +186,12 @@ class WantedState:
             cached = self._owned = (observed.interfaces, desired, owned)
         return cached[2]
 
-    def _log_peers(self, before: Set[str], desired: DesiredState, *, quiet: bool) -> None:
-        """Of leases, only those of peers: another backend's nodes, and who is refused, are none."""
-        self._peers = frozenset(desired.admitted)
-        came, went = self._peers - before, before - self._peers
+    def _log_peers(self, leases: Set[str], desired: DesiredState, *, quiet: bool) -> None:
+        """Of these leases, only those of peers: another backend's nodes, and who is refused, are none."""
+        peers = {key for key in leases if key in desired.admitted}
+        came, went = peers - self._peers, (leases - peers) & self._peers
+        self._peers |= came
+        self._peers -= went
         if quiet or len(came) + len(went) > FEW:
             log.info("peers", joined=len(came), left=len(went), now=desired.peers)
             return
@@ -199,16 +202,19 @@ class WantedState:
         for key in sorted(went):
             log.info("peer left", subnet=key)
 
-    def _show_refused(self, desired: DesiredState) -> None:
-        if desired.refused == self._refused:
-            return
-        for key, reason in desired.refused.items():
-            if self._refused.get(key) != reason:
+    def _show_refused(self, leases: Set[str], desired: DesiredState) -> None:
+        """Tell which of these leases are refused now, or no longer."""
+        for key in sorted(leases):
+            before, reason = self._refused.get(key), desired.refused.get(key)
+            if reason == before:
+                continue
+            if reason is None:
+                log.info("peer no longer refused", subnet=key)
+                del self._refused[key]
+            else:
                 log.warning("peer refused; its owner must mend its lease", reason=reason)
                 self._metrics.errors.labels("peer_refused").inc()
-        for key in self._refused.keys() - desired.refused.keys():
-            log.info("peer no longer refused", subnet=key)
-        self._refused = dict(desired.refused)
+                self._refused[key] = reason
         self._metrics.refused.set(len(self._refused))
 
     @staticmethod

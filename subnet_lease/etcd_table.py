@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from types import MappingProxyType
+from itertools import takewhile
 from typing import Any, Final
 
 import structlog
@@ -18,6 +18,7 @@ from subnet_lease import allocation
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot
 from subnet_lease.lease_wire import decode_attrs, parse_subnet_key
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
+from subnet_lease.persistent_map import PersistentMap
 from subnet_lease.store import ConfigMissing, StoreError, StoreStatus, unused, write_config
 
 log = structlog.get_logger(__name__)
@@ -95,9 +96,13 @@ class SnapshotTable:
         self._held = held
         self._bad: dict[str, int] = {}
         self._marks: dict[str, Mark] = {}
-        self._lingering: dict[str, float] = {}  # key -> time.monotonic() at which it goes
+        self._lingering: dict[str, float] = {}
+        """Keys that are kept for a while, and the time.monotonic() at which each goes, the first one first."""
         self._config_text: bytes | None = None
         self.leases: dict[str, Lease] = {}
+        self._changes: dict[str, Lease | None] = {}
+        """Of ``leases``, since the last snapshot; None for what is gone."""
+        self._told: PersistentMap[str, Lease] = PersistentMap()
         self.config: NetworkConfig | None = None
         self.revision = 0
         """Up to which the leases are known; ``config_revision``: the configuration. Two watches are two streams of
@@ -108,7 +113,9 @@ class SnapshotTable:
         """The state now, None while there has never been a usable configuration."""
         if self.config is None and not self._bare:
             return None
-        return LeaseSnapshot(self.config or NetworkConfig(), MappingProxyType(self.leases.copy()), self.revision)
+        self._told = self._told.with_changes(self._changes)
+        self._changes.clear()
+        return LeaseSnapshot(self.config or NetworkConfig(), self._told, self.revision)
 
     def witness(self) -> tuple[bytes, Mark] | None:
         """The youngest lease known: if etcd still has it just so, it is the etcd that we knew."""
@@ -172,7 +179,7 @@ class SnapshotTable:
         if not self._lingering:
             return False
         now = time.monotonic()
-        late = [key for key, until in self._lingering.items() if until <= now]
+        late = list(takewhile(lambda key: self._lingering[key] <= now, self._lingering))
         if late:
             log.warning("leases that nobody claimed again after etcd was wiped are gone", leases=sorted(late))
         return self._drop(late)
@@ -180,7 +187,7 @@ class SnapshotTable:
     @property
     def next_expiry(self) -> float | None:
         """time.monotonic() at which ``expire`` has something to do."""
-        return min(self._lingering.values(), default=None)
+        return next(iter(self._lingering.values()), None)
 
     def _put(self, kv: Any) -> bool:
         key = kv.key[len(self._subnets) :].decode("utf-8", "replace")
@@ -199,9 +206,9 @@ class SnapshotTable:
             return False
         self._bad.pop(key, None)
         self._marks[key] = mark
-        self._lingering.pop(key, None)
-        self.leases[key] = lease
-        if self._lingering:
+        claimed_again = self._lingering.pop(key, None) is not None
+        self.leases[key] = self._changes[key] = lease
+        if self._lingering and not claimed_again:
             rivals = allocation.overlapping(
                 [self.leases[other] for other in self._lingering], (lease.subnet, lease.ipv6_subnet)
             )
@@ -215,7 +222,9 @@ class SnapshotTable:
             self._marks.pop(key, None)
             self._lingering.pop(key, None)
             self._reader.forget(key)
-            changed |= self.leases.pop(key, None) is not None
+            if self.leases.pop(key, None) is not None:
+                self._changes[key] = None
+                changed = True
         return changed
 
     def _linger(self, keys: Iterable[str]) -> None:
@@ -227,6 +236,7 @@ class SnapshotTable:
         until = time.monotonic() + GRACE
         for key in kept:
             self._marks.pop(key, None)
+            self._lingering.pop(key, None)  # the last one goes last
             self._lingering[key] = until
         if kept:
             log.warning("etcd was wiped or restored; these peers stay for now", peers=len(kept), seconds=GRACE)

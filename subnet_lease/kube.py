@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -210,7 +210,8 @@ class KubeStore:
         nodes.start()
         if self._policies is not None:
             self._policies.start()
-        told: tuple[object, ...] | None = None
+        told_leases: Mapping[str, Lease] | None = None
+        told: tuple[object, ...] = ()
         own: Node | None = None
         try:
             while not self._closed.is_set():
@@ -225,13 +226,15 @@ class KubeStore:
                     self._condition.observed(fold.own)
                 own = fold.own
                 self._look_after(own)
-                # Our own podCIDR is told, too, when no lease depends on it yet: somebody waits for it.
                 hints = self._hinted(own)
-                state = (fold.leases, config, own.cidrs if own else None, hints)
-                if fold.listed and (told is None or told != state):
-                    told = state
-                    leases = self._own.as_asked(fold.leases, own, fold.own_lease)
-                    yield LeaseSnapshot(config, leases, nodes.revision, hints)
+                if not fold.listed:  # asked before the leases are: they are complete once it is true
+                    continue
+                # Our own podCIDR is told, too, when no lease depends on it yet: somebody waits for it.
+                leases, state = fold.leases, (config, own.cidrs if own else None, hints)
+                if leases is not told_leases or state != told:
+                    told_leases, told = leases, state
+                    asked = self._own.as_asked(leases, own, fold.own_lease)
+                    yield LeaseSnapshot(config, asked, nodes.revision, hints)
         finally:
             nodes.close()
 

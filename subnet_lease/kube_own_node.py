@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Final
 
 import structlog
@@ -26,6 +25,7 @@ from subnet_lease.kube_objects import Node
 from subnet_lease.kube_report import Events
 from subnet_lease.lease import FAMILIES, Family, IPNetwork, Lease, LeaseAttrs, NodeIdentity
 from subnet_lease.network_config import NetworkConfig
+from subnet_lease.persistent_map import PersistentMap
 from subnet_lease.store import AddressInUse, ConfigInvalid, LeaseLost, NodeMissing, PodCidrMissing, StoreError
 
 _REPAIR_EVERY: Final = 5.0
@@ -173,7 +173,9 @@ class OwnNode:
                     f" {self._keys.name('node-public-ip')}, or choose another interface with --iface"
                 )
 
-    def as_asked(self, leases: Mapping[str, Lease], own: Node | None, lease: Lease | None) -> Mapping[str, Lease]:
+    def as_asked(
+        self, leases: PersistentMap[str, Lease], own: Node | None, lease: Lease | None
+    ) -> PersistentMap[str, Lease]:
         """The leases, our own with the attributes that we asked for rather than those that an operator overwrote.
 
         The daemon compares what it wants with what it sees, and an overwritten address would look like a difference.
@@ -187,7 +189,7 @@ class OwnNode:
             return leases
         if lease.attrs != effective or leases.get(lease.key) is not lease:
             return leases
-        return MappingProxyType({**leases, lease.key: replace(lease, attrs=asked)})
+        return leases.with_changes({lease.key: replace(lease, attrs=asked)})
 
     def repair(self, own: Node) -> None:
         """Put our annotations back if somebody altered them, or follow an overwrite annotation that changed."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Final, Generic, Protocol
 
 import structlog
@@ -22,6 +21,7 @@ from subnet_lease.kube_api import Api, Gone, Watch
 from subnet_lease.kube_objects import Change, Node, Watched
 from subnet_lease.lease import Lease
 from subnet_lease.network_config import NetworkConfig
+from subnet_lease.persistent_map import PersistentMap
 from subnet_lease.store import StoreError, StoreStatus
 
 _FIRST_DELAY: Final = 0.2
@@ -167,13 +167,14 @@ class NodeFold:
         self.config = config
         self.own: Node | None = None
         self.listed = False
-        self.leases: Mapping[str, Lease] = MappingProxyType({})
+        self.leases: PersistentMap[str, Lease] = PersistentMap()
         self._keys = keys
         self._own_name = own
         self._count = count
         self._noticed = noticed
         self._by_node: dict[str, Lease] = {}
-        self._by_key: dict[str, Lease] = {}
+        self._changes: dict[str, Lease | None] = {}
+        """What ``leases`` does not show yet, by key; None for what is gone."""
         self._claims: dict[str, tuple[str, ...]] = {}
         self._bad: dict[str, str] = {}
 
@@ -196,7 +197,7 @@ class NodeFold:
         for name, lease in found.items():
             self._put(name, lease)
         self._bad = {name: text for name, text in self._bad.items() if name in found}
-        self.leases = MappingProxyType(dict(self._by_key))
+        self._show()
         self.own, self.listed = own, True
         self._noticed()
 
@@ -211,10 +212,13 @@ class NodeFold:
             if gone:
                 self._bad.pop(name, None)
             touched = self._put(name, None if gone else self._lease(node)) or touched
-        if touched:
-            self.leases = MappingProxyType(dict(self._by_key))
+        self._show()
         if touched or own is not self.own:
             self._noticed()
+
+    def _show(self) -> None:
+        self.leases = self.leases.with_changes(self._changes)
+        self._changes.clear()
 
     def reconfigure(self, config: NetworkConfig) -> None:
         """Read nodes by another configuration from the next list on; ``listed`` is false until then."""
@@ -241,10 +245,10 @@ class NodeFold:
         """Of several nodes with one podCIDR, the one that had it first keeps it; ours goes before all."""
         if not claims:
             self._claims.pop(key, None)
-            self._by_key.pop(key, None)
+            self._changes[key] = None
             return
         self._claims[key] = claims
-        self._by_key[key] = self._by_node[claims[0]]
+        self._changes[key] = self._by_node[claims[0]]
         for loser in claims[1:]:
             self._complain(loser, f"podCIDR {self._by_key[key].cidr} belongs to node {claims[0]}, too", None)
 

@@ -5,13 +5,12 @@ The JSON spelling is flannel's (pkg/lease/lease.go), byte for byte, so that both
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from subnet_lease.network_config import NetworkConfig
+from subnet_lease.persistent_map import PersistentMap
 
 Family = Literal[4, 6]
 FAMILIES: Final[tuple[Family, Family]] = (4, 6)
@@ -124,10 +123,10 @@ class LeaseSnapshot:
     """Everything the store says at one revision: all leases by key, our own among them, and the configuration.
 
     A snapshot is complete or it does not exist. Unchanged leases are the *same objects* as in the snapshot before, so
-    that a reader finds the changed ones by identity.
+    that ``leases.differences`` tells a reader which ones changed since any snapshot that it had, at the cost of those.
     """
 
     config: NetworkConfig
-    leases: Mapping[str, Lease] = field(default_factory=lambda: MappingProxyType({}))
+    leases: PersistentMap[str, Lease] = field(default_factory=PersistentMap)
     revision: int = 0
     hints: NodeHints = NodeHints()

@@ -129,7 +129,7 @@ class KubeAccess:
             ) from None
 
     def leases(self) -> list[Lease]:
-        return list(self._first().leases.values())
+        return [lease for _, lease in sorted(self._first().leases.items())]
 
     def leases_and_strays(self) -> tuple[list[Lease], list[Stray]]:
         return self.leases(), []

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from flanneld.ctl.output import OK, Problem, console, duration, note, put, put_json, table
+from subnet_lease.persistent_map import PersistentMap
 
 if TYPE_CHECKING:
     from flanneld.ctl.access import Access
@@ -154,7 +155,7 @@ def _watch(access: Access, *, as_json: bool) -> None:
                 leases = sorted(snapshot.leases.values(), key=order)
                 live.update(table(COLUMNS[:-1], [_watched(lease) for lease in leases]), refresh=True)
         return
-    before: Mapping[str, Lease] = {}
+    before: PersistentMap[str, Lease] = PersistentMap()
     for snapshot in access.watch():
         for change, lease in changes(before, snapshot.leases):
             _put_change(change, lease, as_json=as_json)
@@ -162,14 +163,15 @@ def _watch(access: Access, *, as_json: bool) -> None:
         sys.stdout.flush()
 
 
-def changes(before: Mapping[str, Lease], now: Mapping[str, Lease]) -> list[tuple[str, Lease]]:
+def changes(before: PersistentMap[str, Lease], now: PersistentMap[str, Lease]) -> list[tuple[str, Lease]]:
     """("added" | "changed" | "removed", lease) from one snapshot to the next."""
-    found = [("removed", before[key]) for key in before if key not in now]
-    for key, lease in now.items():
-        old = before.get(key)
-        if old is None:
+    news = sorted(now.differences(before))
+    found = [("removed", before[key]) for key in news if key not in now]
+    for key in news:
+        old, lease = before.get(key), now.get(key)
+        if lease is not None and old is None:
             found.append(("added", lease))
-        elif old is not lease and old.attrs != lease.attrs:
+        elif lease is not None and old is not None and old.attrs != lease.attrs:
             found.append(("changed", lease))
     return found
 

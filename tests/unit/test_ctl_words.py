@@ -26,6 +26,7 @@ from flanneld.ctl.output import Problem, console, duration, table
 from flanneld.ctl.reserve import parse_subnets
 from flanneld.options import FLAGS
 from subnet_lease.lease import Lease, LeaseAttrs, NodeIdentity
+from subnet_lease.persistent_map import PersistentMap
 from subnet_lease.store import AccessDenied
 
 SECRET = b64encode(b"s" * 32).decode()
@@ -134,9 +135,10 @@ def test_what_is_no_terminal_gets_whole_lines(capsys: pytest.CaptureFixture[str]
 
 def test_changes_between_snapshots() -> None:
     one, two, other = lease(1), lease(2), lease(2, "renamed")
-    assert changes({}, {"1": one}) == [("added", one)]
-    assert changes({"1": one, "2": two}, {"2": other}) == [("removed", one), ("changed", other)]
-    assert changes({"1": one}, {"1": lease(1)}) == []
+    first = PersistentMap({"1": one, "2": two})
+    assert changes(PersistentMap(), first) == [("added", one), ("added", two)]
+    assert changes(first, PersistentMap({"2": other})) == [("removed", one), ("changed", other)]
+    assert changes(first, first.with_changes({"1": lease(1)})) == []
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (61, "1m 1s"), (86400, "24h 0m")])

@@ -18,6 +18,7 @@ from flanneld.status import Health
 from flanneld.underlay import View
 from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeHints
 from subnet_lease.network_config import NetworkConfig, parse_network_config, validate_for_allocation
+from subnet_lease.persistent_map import PersistentMap
 from subnet_lease.store import ConfigInvalid, LeaseLost, LeaseRequest, StoreUnavailable
 
 
@@ -86,7 +87,7 @@ class Node:
         lease = self.board.lease
         assert lease is not None
         parsed = validate_for_allocation(parse_network_config(config))
-        self.board.snapshot = LeaseSnapshot(parsed, {lease.key: lease}, lease.revision)
+        self.board.snapshot = LeaseSnapshot(parsed, PersistentMap({lease.key: lease}), lease.revision)
 
 
 def view(*, mtu: int = 1500, up: bool = True, address: str = "192.168.9.2") -> View:

@@ -15,7 +15,7 @@ from flanneld.telemetry import Metrics
 from flanneld.wanted import WantedState
 from subnet_lease.lease import Lease, LeaseSnapshot
 from tests.unit.backend_values import host
-from tests.unit.test_desired import FACTS, OWN, lease
+from tests.unit.test_desired import FACTS, OWN, lease, snapshot
 
 
 class NoLookups:
@@ -37,7 +37,7 @@ class Node:
     def told(self, *leases: Lease) -> list[tuple[str, object, object]]:
         """What is said of peers when the store shows these leases beside our own."""
         config = host().config
-        self.board.snapshot = LeaseSnapshot(config, {found.key: found for found in (OWN, *leases)}, 1)
+        self.board.snapshot = LeaseSnapshot(config, snapshot(OWN, *leases), 1)
         with capture_logs() as lines:
             assert self.wanted.wanted(Observation({}, None, ())) is not None
         about = [line for line in lines if "peer" in line["event"] and "refused" not in line["event"]]
