@@ -22,6 +22,7 @@ class Mirror:
         self.state: dict[Key, Record] = {}
         self._before: dict[Key, Record | None] = {}
         self._routes_on: Counter[str | None] = Counter()
+        self._routes_from: Counter[str | None] = Counter()
 
     def learn(self, key: Key, record: Record | None) -> None:
         old = self.state.get(key)
@@ -51,7 +52,7 @@ class Mirror:
 
     def sends_from(self, address: str) -> bool:
         """Whether a route uses this source address."""
-        return any(type(record) is Route and record.src == address for record in self.state.values())
+        return self._routes_from[address] > 0
 
     @property
     def pending(self) -> bool:
@@ -66,10 +67,10 @@ class Mirror:
 
     def _set(self, key: Key, record: Record | None) -> None:
         if key[0] == Kind.ROUTE:
-            if isinstance(old := self.state.get(key), Route):
-                self._routes_on[old.dev] -= 1
-            if isinstance(record, Route):
-                self._routes_on[record.dev] += 1
+            for route, more in ((self.state.get(key), -1), (record, 1)):
+                if isinstance(route, Route):
+                    self._routes_on[route.dev] += more
+                    self._routes_from[route.src] += more
         if record is None:
             self.state.pop(key, None)
         else:

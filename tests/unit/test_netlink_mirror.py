@@ -49,6 +49,17 @@ def test_a_device_that_is_gone_takes_its_records() -> None:
     assert not mirror.carries_routes("eth0")
 
 
+def test_a_source_address_is_in_use_for_as_long_as_a_route_has_it() -> None:
+    mirror = Mirror()
+    first, second = Route("10.5.2.0/24", "eth0", src="192.0.2.1"), Route("10.5.3.0/24", "eth0", src="192.0.2.1")
+    mirror.learn(first.key, first)
+    mirror.know(second.key, second)
+    mirror.learn(first.key, Route("10.5.2.0/24", "eth0"))
+    assert mirror.sends_from("192.0.2.1")
+    mirror.know(second.key, None)
+    assert not mirror.sends_from("192.0.2.1")
+
+
 def test_a_look_replaces_only_what_it_looked_at() -> None:
     mirror = Mirror()
     for record in (ROUTE, FDB):
