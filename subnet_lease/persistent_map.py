@@ -1,4 +1,4 @@
-"""A map that never changes, made for one that changes a little at a time: the leases from one snapshot to the next.
+"""A map that never changes, for what changes a little at a time: the leases from one snapshot to the next.
 
 Entries lie in small dictionaries by the hash of their keys. A copy with changes shares all of them but those with the
 changes, so that it costs what changed; and what differs between two copies lies only where they share nothing, however
@@ -64,6 +64,11 @@ class PersistentMap(Mapping[K, V]):
         copy = PersistentMap[K, V]()
         copy._branches, copy._size = branches, size
         return copy
+
+    def with_only(self, entries: Mapping[K, V]) -> PersistentMap[K, V]:
+        """A map of these entries; where one equals what is here, the object that is here stays."""
+        keys = self.keys() | entries.keys()
+        return self.with_changes({key: entries.get(key) for key in keys if self.get(key) != entries.get(key)})
 
     def differences(self, other: PersistentMap[K, V]) -> set[K]:
         """The keys that only one of the two has, or with another object than the other one."""

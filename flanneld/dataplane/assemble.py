@@ -16,7 +16,6 @@ from backends.kernel_state import (
     Failure,
     Foreign,
     Hook,
-    Key,
     Link,
     Record,
     Scope,
@@ -28,7 +27,7 @@ from backends.kernel_state import (
 )
 from flanneld.dataplane import rare
 from flanneld.dataplane.dataplane import Dataplane
-from flanneld.dataplane.handler import Handler
+from flanneld.dataplane.handler import Answer, Handler
 from flanneld.dataplane.netfilter import Netfilter
 from flanneld.dataplane.uplink import UplinkHandler
 
@@ -40,7 +39,7 @@ class Lazy:
         self._asks = asks
         self._make = make
         self.made: Handler | None = None
-        self._nothing: Mapping[Key, Record] = {}
+        self._nothing = Answer()
 
     def _for(self, record: Record) -> Handler | None:
         if self.made is None and self._asks(record):
@@ -51,7 +50,7 @@ class Lazy:
         handler = self._for(record)
         return handler is not None and handler.handles(record)
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:
         if self.made is None:
             for link in links.values():
                 self._for(link)

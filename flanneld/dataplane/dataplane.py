@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from backends.kernel_state import (
     Link,
     Neighbour,
     Observation,
-    Record,
     Route,
     RouteLookup,
     Scope,
@@ -33,7 +32,7 @@ from backends.kernel_state import (
 )
 from flanneld.dataplane.announce import Announcer
 from flanneld.dataplane.follow import Follower
-from flanneld.dataplane.handler import Handler
+from flanneld.dataplane.handler import Answer, Handler
 from flanneld.dataplane.look import Look
 from flanneld.dataplane.mirror import with_settings_of
 from flanneld.dataplane.netlink import MONITOR_BUFFER, Monitor, Netlink, own_changes_left_out
@@ -49,7 +48,9 @@ class Dataplane:
 
     def __init__(self, handlers: Sequence[Handler] = (), *, monitor_buffer: int = MONITOR_BUFFER) -> None:
         self._handlers = tuple(handlers)
-        self._answers: list[Mapping[Key, Record]] = [{} for _ in self._handlers]
+        self._answers = [Answer() for _ in self._handlers]
+        self._made_links: list[dict[Key, Link]] = [{} for _ in self._handlers]
+        """The Link records in these answers."""
         self._sysctls = Sysctls()
         self._sysctl_keys: set[Key] = set()
         self._netlink = Netlink()
@@ -169,16 +170,19 @@ class Dataplane:
         for number, handler in enumerate(self._handlers):
             before, now = self._answers[number], handler.observe(scope, links)
             self._answers[number] = now
-            for key, record in now.items():
+            made = self._made_links[number]
+            for key in now.differences(before):
+                record = now.get(key)
                 if isinstance(record, Link):
-                    if record.name in links:
-                        mirror.learn(key, with_settings_of(links[record.name], record))
-                elif now is not before and before.get(key) != record:
+                    made[key] = record
+                elif record is None and key in made:
+                    mirror.learn(key, links.get(made.pop(key).name))
+                else:
                     mirror.learn(key, record)
-            if now is not before:
-                for key in before.keys() - now.keys():
-                    record = before[key]
-                    mirror.learn(key, links.get(record.name) if isinstance(record, Link) else None)
+            # At each pass: rtnetlink may have shown them again, without the settings that only the handler can read.
+            for key, link in made.items():
+                if link.name in links:
+                    mirror.learn(key, with_settings_of(links[link.name], link))
 
     def _apply_links(self, handler: Handler | None, changes: Sequence[Change]) -> list[Failure]:
         failures: list[Failure] = []

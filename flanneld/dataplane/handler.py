@@ -7,9 +7,13 @@ is the one to work in. A handler may have threads and processes of its own behin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from backends.kernel_state import Change, Failure, Key, Link, Record, Scope
+from subnet_lease.persistent_map import PersistentMap
+
+Answer: TypeAlias = PersistentMap[Key, Record]
+"""What a handler sees: the same object for what has not changed, so that the rest is found without a look at it."""
 
 
 class Handler(Protocol):
@@ -23,12 +27,12 @@ class Handler(Protocol):
     def handles(self, record: Record) -> bool:
         """Whether changes of this record are this handler's. Asked once a change; must not touch the kernel."""
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:
         """What is true now, by key.
 
-        Called at every pass: return the *same object* as last time while nothing has changed, and look at the kernel
-        only when told (``invalidate``), when the scope changed, when ``fileno`` became readable, or on a schedule of
-        your own. The dataplane finds the changed keys by comparing with the last answer.
+        Called at every pass: return last time's answer with the changes since (``with_changes``, ``with_only``), and
+        look at the kernel only when told (``invalidate``), when the scope changed, when ``fileno`` became readable, or
+        on a schedule of your own.
 
         ``links`` are our devices as rtnetlink sees them, by name, whoever made them; a device whose settings only
         the handler can read has ``Foreign(kind)`` there ("wireguard", "tun"). A Link in the answer replaces it:

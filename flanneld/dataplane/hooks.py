@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from backends.kernel_state import Change, Failure, Hook, Key, Link, Record, Scope
+from flanneld.dataplane.handler import Answer
 
 COMMAND_SECONDS: Final = 30
 """How long one command may take. It runs in the reconciler's thread: nothing else is repaired meanwhile."""
@@ -176,12 +177,17 @@ class HookHandler:
         self._seconds = command_seconds
         self._failed_removals: dict[Key, int] = {}
         self._slow: set[Key] = set()
+        self._told: Mapping[Key, Hook] = {}
+        self._answer = Answer()
 
     def handles(self, record: Record) -> bool:
         return isinstance(record, Hook)
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:  # noqa: ARG002 - the protocol's
-        return self._memory.hooks
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:  # noqa: ARG002 - the protocol's
+        hooks = self._memory.hooks
+        if hooks is not self._told:
+            self._told, self._answer = hooks, self._answer.with_only(hooks)
+        return self._answer
 
     def apply(self, changes: Sequence[Change]) -> list[Failure]:
         """Run the commands. After one that took too long the rest waits for the next pass, in which it comes last."""

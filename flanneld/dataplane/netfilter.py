@@ -19,8 +19,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Final, Literal
 
-from backends.kernel_state import Change, Failure, Firewall, Key, Link, Record, Scope
+from backends.kernel_state import Change, Failure, Firewall, Link, Record, Scope
 from flanneld.dataplane import netfilter_iptables, netfilter_legacy, netfilter_nft, netfilter_socket
+from flanneld.dataplane.handler import Answer
 from flanneld.dataplane.netfilter_foreign import ForeignChains
 from flanneld.dataplane.netfilter_iptables import Saved
 from flanneld.dataplane.netfilter_names import FAMILIES, Family, names_of
@@ -54,7 +55,7 @@ class Netfilter:
         self._known: set[Part] = set()
         self._stale: set[Part] = set(PARTS)
         self._seen: dict[Part, Firewall] = {}
-        self._answer: Mapping[Key, Record] = {}
+        self._answer = Answer()
         self._saved: dict[Family, list[tuple[Iptables, Saved]]] = {}
         self._recheck = False
         self._legacy: dict[Family, bytes] = {}
@@ -85,7 +86,7 @@ class Netfilter:
 
     # Observing
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:  # noqa: ARG002
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:  # noqa: ARG002
         self._follow(scope)
         self._hear()
         self._poll_legacy()
@@ -165,9 +166,7 @@ class Netfilter:
                 self._seen[part] = self._trusted(part, found)
             self._known.add(part)
             self._stale.discard(part)
-        answer = {firewall.key: firewall for firewall in self._seen.values()}
-        if answer != self._answer:
-            self._answer = answer
+        self._answer = self._answer.with_only({firewall.key: firewall for firewall in self._seen.values()})
 
     def _trusted(self, part: Part, found: Firewall) -> Firewall:
         """What was found; what was written, if the kernel keeps showing that in a way that is not understood.

@@ -22,6 +22,7 @@ from typing import Any, Final
 import structlog
 
 from backends.kernel_state import Change, Failure, Foreign, Key, Link, Record, Scope, Tun, UdpPeer
+from flanneld.dataplane.handler import Answer
 from flanneld.dataplane.udp_tunnel.control import VERSION, Client, WorkerGone
 
 START_SECONDS: Final = 20.0
@@ -52,7 +53,7 @@ class UdpHandler:
         self._children: set[int] = set()
         self._links: Mapping[str, Link] = {}
         self._epoll = select.epoll()
-        self._answer: Mapping[Key, Record] = {}
+        self._answer = Answer()
         self._current = False
         self._look = True
         self._status: dict[str, dict[str, Any]] = {}
@@ -60,7 +61,7 @@ class UdpHandler:
     def handles(self, record: Record) -> bool:
         return isinstance(record, UdpPeer) or (isinstance(record, Link) and isinstance(record.settings, Tun))
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:  # noqa: ARG002 - links say it all
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:  # noqa: ARG002 - links say it all
         tuns = {name: link for name, link in links.items() if _is_tun(link)}
         if tuns != self._links:
             self._links, self._current, self._look = tuns, False, True
@@ -79,9 +80,8 @@ class UdpHandler:
                 self._read(name)
             self._look = False
         if not self._current:
-            answer = self._render()
-            if answer != self._answer:
-                self._answer = answer
+            self._answer = self._answer.with_only(self._render())
+            self._tell()
             self._current = True
         return self._answer
 
@@ -94,6 +94,7 @@ class UdpHandler:
                 peers.setdefault(record.dev, []).append(change)
                 continue
             assert isinstance(record, Link)
+            self._current = False
             try:
                 if change.op == "put":
                     self._put_link(record, change.previous)
@@ -103,7 +104,6 @@ class UdpHandler:
                 failures.append(_failure(change, error))
         for dev, run in peers.items():
             failures += self._apply_peers(dev, run)
-        self._current = False
         return failures
 
     def fileno(self) -> int | None:
@@ -143,6 +143,10 @@ class UdpHandler:
             if link is not None:
                 records[link.key] = replace(link, settings=worker.settings)
                 records.update(worker.peers)
+        return records
+
+    def _tell(self) -> None:
+        """A new object each time, for other threads."""
         self._status = {
             name: {
                 "worker": worker.client.pid,
@@ -151,7 +155,6 @@ class UdpHandler:
             }
             for name, worker in self._workers.items()
         }
-        return records
 
     def _read(self, name: str) -> None:
         """Ask the worker of a device what it has; one that is absent, or of another version, is none of ours."""
@@ -284,13 +287,18 @@ class UdpHandler:
         if "error" in answer:
             self._look = True
             return [_failure(change, OSError(errno.EINVAL, answer["error"])) for change in changes]
+        news: dict[Key, Record | None] = {}
         for change in changes:
             peer = change.record
             assert isinstance(peer, UdpPeer)
             if change.op == "put":
-                worker.peers[peer.key] = peer
+                worker.peers[peer.key] = news[peer.key] = peer
             else:
                 worker.peers.pop(peer.key, None)
+                news[peer.key] = None
+        if dev in self._links:
+            self._answer = self._answer.with_changes(news)
+        self._tell()
         return []
 
     def _reap(self) -> None:

@@ -21,6 +21,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from backends.kernel_state import Change, Failure, Foreign, Key, Link, Record, Scope, Wireguard, WireguardPeer
+from flanneld.dataplane.handler import Answer
 from flanneld.dataplane.links import IFF_UP, IFINFOMSG
 from flanneld.dataplane.netlink import Netlink
 from flanneld.dataplane.ticker import Ticker
@@ -71,7 +72,7 @@ class WireguardHandler:
         self._sources: tuple[str, ...] = ()
         self._links: dict[str, Link] = {}
         self._status: dict[str, dict[str, Any]] = {}
-        self._answer: Mapping[Key, Record] = {}
+        self._answer = Answer()
         self._answer_current = False
         self._look = True
         self._ticker = Ticker(look_seconds)
@@ -81,7 +82,7 @@ class WireguardHandler:
             return isinstance(record.settings, Wireguard)
         return isinstance(record, WireguardPeer)
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:
         relevant = {name: link for name, link in links.items() if _may_be_wireguard(link)}
         moved = bool(scope.sources) and scope.sources != self._sources
         if moved or relevant != self._links or self._ticker.ticked():
@@ -94,9 +95,7 @@ class WireguardHandler:
             self._forget_sources()
             self._sources = scope.sources
         if not self._answer_current:
-            answer = self._render()
-            if answer != self._answer:
-                self._answer = answer
+            self._answer = self._answer.with_only(self._render())
             self._answer_current = True
         return self._answer
 
@@ -188,17 +187,14 @@ class WireguardHandler:
 
     def _renew(self, changes: Sequence[Change]) -> None:
         """Bring the answer up to date for these peers alone: one change among thousands costs one record."""
-        answer = dict(self._answer)
+        news: dict[Key, Record | None] = {}
         for change in changes:
             peer = change.record
             assert isinstance(peer, WireguardPeer)
             device = self._devices.get(peer.dev)
             state = device.state.peers.get(peer.public_key) if device else None
-            if state is None:
-                answer.pop(peer.key, None)
-            else:
-                answer[peer.key] = self._record(peer.dev, peer.public_key, state)
-        self._answer = answer
+            news[peer.key] = None if state is None else self._record(peer.dev, peer.public_key, state)
+        self._answer = self._answer.with_changes(news)
 
     def _record(self, dev: str, public_key: str, peer: PeerState) -> WireguardPeer:
         record = WireguardPeer(dev, public_key, peer.endpoint, peer.allowed_ips, peer.keepalive, peer.preshared_key)

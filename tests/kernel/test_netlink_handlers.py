@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 import pytest
 from pyroute2 import IPRoute
@@ -18,7 +17,6 @@ from backends.kernel_state import (
     Failure,
     FdbEntry,
     Foreign,
-    Key,
     Kind,
     Link,
     Neighbour,
@@ -30,18 +28,20 @@ from backends.kernel_state import (
 )
 from flanneld.dataplane import netlink
 from flanneld.dataplane.dataplane import Dataplane
+from flanneld.dataplane.handler import Answer
 from flanneld.dataplane.wire import RTM_GETROUTE, RTMSG
 from tests.kernel.netlink_host import DEV, HOST, Host, open_host, peer, peer6
+from tests.testbed.counted import steps
 
 WG = Link("flannel-wg", Wireguard(51820, "a key"), 1420)
 
 
 class Tunnels:
-    """Stands in for the WireGuard handler: its devices are bridges, its peers a dict."""
+    """Stands in for the WireGuard handler: its devices are bridges, its peers are remembered."""
 
     def __init__(self, host_ip: Host | None = None) -> None:
         self.host = host_ip
-        self.records: Mapping[Key, Record] = {}
+        self.records = Answer()
         self.ready, self.signal = os.pipe()
         self.invalidated = 0
         self.closed = False
@@ -51,24 +51,22 @@ class Tunnels:
             isinstance(record, Link) and isinstance(record.settings, Wireguard)
         )
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:
         self.links = dict(links)
         return self.records
 
     def apply(self, changes: Sequence[Change]) -> list[Failure]:
         assert self.host is not None
-        state = dict(self.records)
         for change in changes:
             record = change.record
             if isinstance(record, WireguardPeer) and record.keepalive:
                 return [Failure(change, "EINVAL", "this peer cannot be")]
             if change.op == "remove":
-                state.pop(record.key, None)
+                self.records = self.records.with_changes({record.key: None})
                 continue
             if isinstance(record, Link) and record.name not in self.links:
                 self.host.ip(f"link add {record.name} type bridge")
-            state[record.key] = record
-        self.records = MappingProxyType(state)
+            self.records = self.records.with_changes({record.key: record})
         return []
 
     def fileno(self) -> int:
@@ -121,14 +119,28 @@ def test_a_handlers_records_come_and_go(host: Host, tunnels: Tunnels) -> None:
     assert all(host.observe().state[p.key] == p for p in peers)
     (failure,) = host.put(replace(peers[0], keepalive=5))
     assert failure.message == "this peer cannot be"
-    altered = dict(tunnels.records)
-    altered[peers[1].key] = replace(peers[1], endpoint="192.0.2.9:1")
-    del altered[peers[2].key]
-    tunnels.records = altered
+    altered = replace(peers[1], endpoint="192.0.2.9:1")
+    tunnels.records = tunnels.records.with_changes({peers[1].key: altered, peers[2].key: None})
     seen = host.observe()
     assert seen.changed == {peers[1].key, peers[2].key}
-    assert peers[2].key not in seen.state and seen.state[peers[1].key] == altered[peers[1].key]
+    assert peers[2].key not in seen.state and seen.state[peers[1].key] == altered
     assert host.observe().changed == frozenset()
+
+
+def test_one_of_a_handlers_records_is_learnt_without_a_look_at_the_others(host: Host, tunnels: Tunnels) -> None:
+    def cost(count: int) -> int:
+        peers = [WireguardPeer("flannel-wg", f"key{n}", "192.0.2.1:51820", ()) for n in range(count)]
+        tunnels.records = Answer({p.key: p for p in peers})
+        host.observe()
+        found = []
+        for keepalive in range(1, 6):
+            altered = replace(peers[7], keepalive=keepalive)
+            tunnels.records = tunnels.records.with_changes({altered.key: altered})
+            found.append(steps(host.observe))
+            assert host.observe().state[altered.key] == altered
+        return min(found)
+
+    assert cost(3000) < cost(30) + 1000
 
 
 def test_a_handlers_descriptor_ends_the_wait(host: Host, tunnels: Tunnels) -> None:

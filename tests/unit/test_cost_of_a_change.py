@@ -6,10 +6,8 @@ Steps show a loop over all peers, bytes a copy of them that is made in one step.
 
 from __future__ import annotations
 
-import sys
-import tracemalloc
-from collections.abc import Callable, Sequence
-from types import FrameType, SimpleNamespace
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +31,7 @@ from subnet_lease.kube_watch import NodeFold
 from subnet_lease.lease import LeaseSnapshot
 from subnet_lease.network_config import parse_network_config
 from subnet_lease.store import StoreStatus
+from tests.testbed.counted import allocated, steps
 from tests.testbed.fake_kube import peer_annotations
 from tests.unit.backend_values import host
 from tests.unit.test_desired import FACTS, OWN
@@ -111,36 +110,6 @@ class KubePeers:
         mac = f"02:{version:02x}:00:00:{number >> 8:02x}:{number & 255:02x}"
         annotations = peer_annotations(f"172.16.{number >> 8}.{number & 255}", mac)
         return Node(Metadata(name=f"n{number}", annotations=annotations), NodeSpec(f"{subnet(number)}/24"))
-
-
-def steps(work: Callable[[], None]) -> int:
-    """How many instructions of the interpreter this takes."""
-    count = 0
-
-    def traced(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        count += event == "opcode"
-        return traced
-
-    before = sys.gettrace()
-    sys.settrace(traced)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return count
-
-
-def allocated(work: Callable[[], None]) -> int:
-    """How many bytes more than before this needs at its peak."""
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        work()
-        return tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
 
 
 def cost(peers: EtcdPeers | KubePeers, count: int) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import select
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +26,11 @@ from backends.kernel_state import (
     state_of,
 )
 from flanneld.dataplane import wireguard
+from flanneld.dataplane.handler import Answer
 from flanneld.dataplane.wireguard import STALE_SECONDS, WireguardHandler
 from flanneld.dataplane.wireguard_device import DeviceState, NotHere, PeerState, PeerWrite, canonical
 from flanneld.plan import plan
+from tests.testbed.counted import allocated, steps
 
 DEV = "flannel-wg"
 LINK = Link(DEV, Wireguard(51820, "private"), mtu=1420)
@@ -91,7 +94,7 @@ class Bench:
     def links(self) -> dict[str, Link]:
         return {name: Link(name, Foreign("wireguard"), 1420) for name in self.engine.devices}
 
-    def observe(self) -> Mapping[Key, Record]:
+    def observe(self) -> Answer:
         return self.handler.observe(Scope(sources=self.sources), self.links())
 
     def converge(self, *records: Record) -> list[Change]:
@@ -144,6 +147,29 @@ def test_only_what_differs_is_written(bench: Bench) -> None:
     bench.converge(LINK, peer(keepalive=25, preshared_key="psk"))
     bench.converge(LINK, peer(keepalive=25))
     assert bench.engine.written[1:] == [PeerWrite("p1", preshared_key="psk"), PeerWrite("p1", preshared_key="")]
+
+
+@pytest.mark.parametrize("what", [steps, allocated])
+def test_a_changed_peer_costs_the_same_among_many(what: Callable[[Callable[[], None]], int]) -> None:
+    def cost(count: int) -> int:
+        bench = Bench()
+        bench.converge(LINK, *(peer(f"p{n}", net=f"10.{n >> 8}.{n & 255}.0/24") for n in range(count)))
+        before = bench.observe()
+        keepalive = itertools.count(1)
+
+        def change() -> None:
+            nonlocal before
+            wanted = peer("p7", net="10.0.7.0/24", keepalive=next(keepalive))
+            assert bench.handler.apply([Change("put", wanted)]) == []
+            answer = bench.observe()
+            assert answer.differences(before) == {wanted.key}
+            before = answer
+
+        found = min(what(change) for _ in range(5))
+        bench.handler.close()
+        return found
+
+    assert cost(3000) < cost(30) + 3000
 
 
 @pytest.mark.field_problem(32)
