@@ -208,7 +208,7 @@ class SnapshotTable:
         self._marks[key] = mark
         claimed_again = self._lingering.pop(key, None) is not None
         self.leases[key] = self._changes[key] = lease
-        if self._lingering and not claimed_again:
+        if self._lingering and not claimed_again:  # else there is no other: leases of one store do not overlap
             rivals = allocation.overlapping(
                 [self.leases[other] for other in self._lingering], (lease.subnet, lease.ipv6_subnet)
             )

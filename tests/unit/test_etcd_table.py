@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from subnet_lease.etcd_table import PUT, LeaseReader, SnapshotTable
 from subnet_lease.store import StoreStatus
+from tests.testbed import counted
 
 CONFIG = b'{"Network":"10.5.0.0/16"}'
 
@@ -86,6 +87,24 @@ def test_after_a_wipe_a_new_owner_replaces_the_lease_that_was_kept() -> None:
     assert folded.apply([SimpleNamespace(type=PUT, kv=pair("subnets/10.5.3.0-24", value(9), 5))])
     assert set(folded.leases) == {"10.5.2.0-25", "10.5.3.0-24"}
     assert folded.next_expiry is None
+
+
+def test_after_a_wipe_each_node_that_comes_back_costs_the_same_among_many() -> None:
+    def cost(count: int) -> int:
+        folded = table()
+        keys = [f"10.5.{n >> 4}.{n % 16 * 16}-28" for n in range(count)]
+        folded.apply([SimpleNamespace(type=PUT, kv=pair(f"subnets/{key}", value(1), 10)) for key in keys])
+        folded.replace([], 3)
+        assert len(folded.leases) == count
+
+        def come_back() -> None:
+            folded.apply([SimpleNamespace(type=PUT, kv=pair(f"subnets/{keys[7]}", value(2), 4))])
+            folded.expire()
+            assert folded.next_expiry is not None
+
+        return counted.steps(come_back)
+
+    assert cost(2000) < cost(20) + 500
 
 
 def test_a_change_of_the_configuration_does_not_say_that_the_leases_are_known_up_to_there() -> None:
