@@ -13,10 +13,11 @@ from typing import Final, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+T = TypeVar("T")
 
 FAN: Final = 32
 """Branches, and leaves on each. A change copies one of either: 32 pointers and, of 5,000 entries, 5; of 65,536, which
-are all the /24 that a network can have, 64."""
+are all the /24 of a /8, 64."""
 
 
 class PersistentMap(Mapping[K, V]):
@@ -79,9 +80,6 @@ class PersistentMap(Mapping[K, V]):
             for key in here.keys() | there.keys()
             if here.get(key) is not there.get(key)
         }
-
-
-T = TypeVar("T")
 
 
 def _apart(mine: list[T], theirs: list[T]) -> Iterator[tuple[T, T]]:

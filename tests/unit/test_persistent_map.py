@@ -24,6 +24,7 @@ def test_a_map_is_what_a_dictionary_with_the_same_changes_is_and_stays_so(script
         for other, its in maps:
             expected = {key for key in model.keys() | its.keys() if model.get(key) is not its.get(key)}
             assert made.differences(other) == expected == PersistentMap(model).differences(other)
+            assert dict(other.with_only(model)) == model
 
 
 def test_changes_that_change_nothing_give_the_same_map() -> None:
@@ -31,3 +32,10 @@ def test_changes_that_change_nothing_give_the_same_map() -> None:
     made = PersistentMap({"a": value})
     assert made.with_changes({"a": value, "b": None}) is made
     assert made.with_changes({"b": value}).with_changes({"b": None}) == made
+
+
+def test_an_equal_value_does_not_take_the_place_of_the_one_that_is_there() -> None:
+    value, equal = [1, 2], [1, 2]
+    made = PersistentMap({"a": value, "b": [3]})
+    assert made.with_only({"a": equal, "b": [3]}) is made
+    assert made.with_only({"a": equal}).differences(made) == {"b"}
