@@ -134,11 +134,11 @@ def peer_address(host: Host, peer: Lease, family: Family) -> IPAddress:
     """Where to send to ``peer``; PeerRefused for an address that cannot be another host's."""
     address = peer.attrs.public_ip_of(family)
     if address is None:
-        raise PeerRefused(f"lease {peer.key} publishes no IPv{family} address")
+        raise PeerRefused(f"lease {peer.cidr} publishes no IPv{family} address")
     if address.is_unspecified or address.is_loopback or address.is_multicast:
-        raise PeerRefused(f"lease {peer.key} publishes {address}, which is no host's address")
+        raise PeerRefused(f"lease {peer.cidr} publishes {address}, which is no host's address")
     if address in (host.underlay.local.get(family), host.underlay.public.get(family)):
-        raise PeerRefused(f"lease {peer.key} publishes {address}, which is this node's own address")
+        raise PeerRefused(f"lease {peer.cidr} publishes {address}, which is this node's own address")
     return address
 
 

@@ -75,7 +75,7 @@ class Extension:
             return ()
         data = peer.attrs.backend_data if peer.attrs.backend_data is not None else peer.attrs.backend_v6_data
         if not isinstance(data, str | None):
-            raise PeerRefused(f"lease {peer.key} publishes BackendData {data!r}, where extension has a JSON string")
+            raise PeerRefused(f"lease {peer.cidr} publishes BackendData {data!r}, where extension has a JSON string")
         environment = _environment(
             host,
             {family: peer.subnet_of(family) for family in host.families},

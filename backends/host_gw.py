@@ -50,7 +50,7 @@ def _route(host: Host, peer: Lease, family: Family) -> Route:
     if not on_link(host, gateway):
         ours = ", ".join(str(prefix) for prefix in host.underlay.prefixes if prefix.version == family) or "nothing"
         raise PeerRefused(
-            f"lease {peer.key}: its address {gateway} is not on the link of {host.underlay.name} ({ours}), and host-gw "
+            f"lease {peer.cidr}: its address {gateway} is not on the link of {host.underlay.name} ({ours}), and host-gw "
             "cannot route through a router; use vxlan (with DirectRouting for the peers that are on the link)"
         )
     return Route(dst=str(peer.subnet_of(family)), dev=host.underlay.name, via=str(gateway), protocol=ROUTE_PROTOCOL)

@@ -81,7 +81,7 @@ class Ipip:
 
     def peer_state(self, host: Host, peer: Lease) -> tuple[Route, ...]:
         if peer.subnet is None:
-            raise PeerRefused(f"lease {peer.key} has no IPv4 subnet, and ipip carries IPv4 only")
+            raise PeerRefused(f"lease {peer.cidr} has no IPv4 subnet, and ipip carries IPv4 only")
         public = peer_address(host, peer, 4)
         if self.options.DirectRouting and direct(host, peer, public):
             return (Route(str(peer.subnet), host.underlay.name, via=str(public), protocol=ROUTE_PROTOCOL),)

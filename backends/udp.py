@@ -82,7 +82,7 @@ class Udp:
     def peer_state(self, host: Host, peer: Lease) -> tuple[UdpPeer, ...]:
         """One tunnel peer. Its port is our own: flannel's leases do not carry one."""
         if peer.subnet is None:
-            raise PeerRefused(f"lease {peer.key} has no IPv4 subnet, and udp carries IPv4 only")
+            raise PeerRefused(f"lease {peer.cidr} has no IPv4 subnet, and udp carries IPv4 only")
         return (UdpPeer(DEVICE, str(peer.subnet), str(peer_address(host, peer, 4)), self.options.Port),)
 
 

@@ -147,14 +147,14 @@ class Vxlan:
         fields = {str(k).lower(): v for k, v in data.items()} if isinstance(data, dict) else {}
         vni, mac = fields.get("vni", self.options.VNI), fields.get("vtepmac")
         if vni != self.options.VNI:
-            raise PeerRefused(f"lease {peer.key} is on VNI {vni}, this node on {self.options.VNI}")
+            raise PeerRefused(f"lease {peer.cidr} is on VNI {vni}, this node on {self.options.VNI}")
         if not isinstance(mac, str) or not _MAC.fullmatch(mac.lower()):
-            raise PeerRefused(f"lease {peer.key} publishes VtepMAC {mac!r}, which is not a MAC address")
+            raise PeerRefused(f"lease {peer.cidr} publishes VtepMAC {mac!r}, which is not a MAC address")
         mac = mac.lower()
         if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
-            raise PeerRefused(f"lease {peer.key} publishes VtepMAC {mac}, which is no single device's address")
+            raise PeerRefused(f"lease {peer.cidr} publishes VtepMAC {mac}, which is no single device's address")
         if mac == _own_mac(host, family):
-            raise PeerRefused(f"lease {peer.key} publishes VtepMAC {mac}, which is this node's own")
+            raise PeerRefused(f"lease {peer.cidr} publishes VtepMAC {mac}, which is this node's own")
         return mac
 
 

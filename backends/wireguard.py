@@ -132,7 +132,7 @@ class Wireguard:
         public_key, port = _peer_data(peer, data, self._port(transport))
         if public_key == host.facts["wireguard_public_key"]:
             raise PeerRefused(
-                f"lease {peer.key} publishes this node's own WireGuard key (a cloned machine?); "
+                f"lease {peer.cidr} publishes this node's own WireGuard key (a cloned machine?); "
                 "delete the key file on one of the two and restart its daemon"
             )
         address = peer_address(host, peer, transport)
@@ -209,7 +209,7 @@ def _peer_data(peer: Lease, data: Any, own_port: int) -> tuple[str, int]:
     fields = {str(key).lower(): value for key, value in data.items()} if isinstance(data, dict) else {}
     key, port = fields.get("publickey"), fields.get("port") or own_port
     if not isinstance(key, str) or not is_key(key):
-        raise PeerRefused(f"lease {peer.key} publishes PublicKey {key!r}, which is not a WireGuard key")
+        raise PeerRefused(f"lease {peer.cidr} publishes PublicKey {key!r}, which is not a WireGuard key")
     if not isinstance(port, int) or isinstance(port, bool) or not 0 < port <= 0xFFFF:
-        raise PeerRefused(f"lease {peer.key} publishes Port {port!r}, which is no UDP port")
+        raise PeerRefused(f"lease {peer.cidr} publishes Port {port!r}, which is no UDP port")
     return key, port

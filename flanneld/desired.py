@@ -18,6 +18,7 @@ from backends.kernel_state import (
     Firewall,
     KernelState,
     Key,
+    Kind,
     Link,
     Record,
     Route,
@@ -153,7 +154,7 @@ class DesiredState:
         try:
             self._check(lease)
             new, reason = self._ask(lease)
-            self._check_collisions(lease_key, new, update)
+            self._check_collisions(lease, new, update)
         except PeerRefused as refusal:
             new, reason = {}, str(refusal)
         if reason and not new:
@@ -207,9 +208,9 @@ class DesiredState:
             if subnet is None:
                 continue
             if subnet.prefixlen < network.prefixlen or not _overlap(subnet, network):
-                raise PeerRefused(f"lease {lease.key} lies outside the network {network}")
+                raise PeerRefused(f"lease {lease.cidr} lies outside the network {network}")
             if own is not None and _overlap(subnet, own):
-                raise PeerRefused(f"lease {lease.key} of {_owner_name(lease)} overlaps this node's own subnet {own}")
+                raise PeerRefused(f"lease {lease.cidr} of {_owner_name(lease)} overlaps this node's own subnet {own}")
             self._check_underlay(lease, family, subnet)
 
     def _check_underlay(self, lease: Lease, family: Family, subnet: IPNetwork) -> None:
@@ -217,7 +218,7 @@ class DesiredState:
         underlay = self.standing.host.underlay
         for prefix in underlay.prefixes:
             if prefix.version == family and subnet.prefixlen <= prefix.prefixlen and _overlap(subnet, prefix):
-                raise PeerRefused(f"lease {lease.key} covers {prefix}, the network of this host's {underlay.name}")
+                raise PeerRefused(f"lease {lease.cidr} covers {prefix}, the network of this host's {underlay.name}")
         addresses = {
             "this host's own address": underlay.local.get(family),
             "this host's public address": underlay.public.get(family),
@@ -225,20 +226,28 @@ class DesiredState:
         }
         for whose, address in addresses.items():
             if address is not None and address in subnet:
-                raise PeerRefused(f"lease {lease.key} covers {address}, {whose}")
+                raise PeerRefused(f"lease {lease.cidr} covers {address}, {whose}")
 
-    def _check_collisions(self, lease_key: str, records: Mapping[Key, Record], update: Update) -> None:
+    def _check_collisions(self, lease: Lease, records: Mapping[Key, Record], update: Update) -> None:
         for key in records:
             if key not in self._records:
                 continue
             holder = self._owner.get(key)
             if holder is None:
-                raise PeerRefused(f"lease {lease_key} wants {records[key]}, which belongs to this node")
+                raise PeerRefused(f"lease {lease.cidr} wants {_name(key)}, which belongs to this node")
             if holder in self._lingering:
                 self._withdraw(holder, update)
-            elif holder != lease_key:
-                self._waiting.setdefault(key, set()).add(lease_key)
-                raise PeerRefused(f"lease {lease_key} wants {records[key]}, which belongs to lease {holder}")
+            elif holder != lease.key:
+                self._waiting.setdefault(key, set()).add(lease.key)
+                other = self._leases[holder].cidr
+                raise PeerRefused(f"lease {lease.cidr} wants {_name(key)}, which belongs to lease {other}")
+
+
+def _name(key: Key) -> str:
+    """What there can be only one of: "fdb flannel.1 02:00:00:00:05:05"."""
+    kind, *names = key
+    assert isinstance(kind, Kind)
+    return " ".join((kind.name.lower(), *(str(name) for name in names if name is not None)))
 
 
 def _overlap(a: IPNetwork, b: IPNetwork) -> bool:

@@ -22,7 +22,8 @@ from flanneld.reconciler import PassResult, Wanted
 from flanneld.status import Health
 from flanneld.telemetry import Metrics
 from flanneld.underlay import View
-from subnet_lease.lease import FAMILIES
+from subnet_lease.lease import FAMILIES, cidr
+from subnet_lease.lease_wire import parse_subnet_key
 
 log = structlog.get_logger("flanneld")
 
@@ -85,9 +86,7 @@ class WantedState:
                 return None
             fresh = desired is not self._desired
         update = desired.update(snapshot.leases, time.monotonic())
-        if fresh:
-            self._peers.clear()
-        self._log_peers(update.leases, desired, quiet=fresh)
+        self._log_peers(update.leases | self._peers if fresh else update.leases, desired, quiet=fresh)
         self._show_refused(update.leases | self._refused.keys() if fresh else update.leases, desired)
         self._desired = desired
         self._metrics.peers.set(desired.peers)
@@ -192,15 +191,18 @@ class WantedState:
         came, went = peers - self._peers, (leases - peers) & self._peers
         self._peers |= came
         self._peers -= went
+        if not came and not went:
+            return
         if quiet or len(came) + len(went) > FEW:
             log.info("peers", joined=len(came), left=len(went), now=desired.peers)
             return
         for key in sorted(came):
-            attrs = desired.leases[key].attrs
+            lease = desired.leases[key]
+            attrs = lease.attrs
             name = {"node": attrs.node.name} if attrs.node else {}
-            log.info("peer joined", subnet=key, public_ip=str(attrs.public_ip or attrs.public_ipv6), **name)
+            log.info("peer joined", subnet=lease.cidr, public_ip=str(attrs.public_ip or attrs.public_ipv6), **name)
         for key in sorted(went):
-            log.info("peer left", subnet=key)
+            log.info("peer left", subnet=_cidr_of(key))
 
     def _show_refused(self, leases: Set[str], desired: DesiredState) -> None:
         """Tell which of these leases are refused now, or no longer."""
@@ -209,7 +211,7 @@ class WantedState:
             if reason == before:
                 continue
             if reason is None:
-                log.info("peer no longer refused", subnet=key)
+                log.info("peer no longer refused", subnet=_cidr_of(key))
                 del self._refused[key]
             else:
                 log.warning("peer refused; its owner must mend its lease", reason=reason)
@@ -242,6 +244,10 @@ class WantedState:
         if log.is_enabled_for(logging.DEBUG):
             for change in result.changes:
                 log.debug("kernel change", **_describe(change))
+
+
+def _cidr_of(key: str) -> str:
+    return cidr(*parse_subnet_key(key))
 
 
 def _counts(changes: tuple[Change, ...]) -> dict[str, int]:

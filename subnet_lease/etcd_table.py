@@ -181,7 +181,10 @@ class SnapshotTable:
         now = time.monotonic()
         late = list(takewhile(lambda key: self._lingering[key] <= now, self._lingering))
         if late:
-            log.warning("leases that nobody claimed again after etcd was wiped are gone", leases=sorted(late))
+            log.warning(
+                "leases that nobody claimed again after etcd was wiped are gone",
+                leases=sorted(self.leases[key].cidr for key in late),
+            )
         return self._drop(late)
 
     @property

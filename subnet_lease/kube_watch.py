@@ -248,9 +248,9 @@ class NodeFold:
             self._changes[key] = None
             return
         self._claims[key] = claims
-        self._changes[key] = self._by_node[claims[0]]
+        self._changes[key] = holder = self._by_node[claims[0]]
         for loser in claims[1:]:
-            self._complain(loser, f"podCIDR {self._by_key[key].cidr} belongs to node {claims[0]}, too", None)
+            self._complain(loser, f"podCIDR {holder.cidr} belongs to node {claims[0]}, too", None)
 
     def _lease(self, node: Node) -> Lease | None:
         name = node.metadata.name

@@ -66,8 +66,8 @@ def show(status: dict[str, Any]) -> None:
         where.print(_row("wrong", "bold red", str(reason)))
     for text in status.get("warnings") or ():
         where.print(_row("warning", "yellow", str(text)))
-    for key, reason in (status.get("refused") or {}).items():
-        where.print(_row("refused", "yellow", str(reason).replace(key, _as_cidr(key))))
+    for reason in (status.get("refused") or {}).values():
+        where.print(_row("refused", "yellow", str(reason)))
     drift = status.get("drift")
     if drift is not None:
         where.print(
@@ -87,17 +87,6 @@ def _row(name: str, style: str, value: str, value_style: str = "") -> Table:
     made.add_column(overflow="fold")
     made.add_row(Text(name, style), Text(value, value_style))
     return made
-
-
-def _as_cidr(key: str) -> str:
-    """A lease's key as people write subnets, and as flannelctl leases does."""
-    from subnet_lease.lease import cidr
-    from subnet_lease.lease_wire import parse_subnet_key
-
-    try:
-        return cidr(*parse_subnet_key(key))
-    except ValueError:
-        return key
 
 
 def facts(status: dict[str, Any]) -> list[tuple[str, str]]:

@@ -33,6 +33,7 @@ from backends.kernel_state import (
     Uplink,
 )
 from flanneld.dataplane import rare
+from flanneld.dataplane.handler import Answer
 from flanneld.dataplane.netlink import Monitor, Netlink, NetlinkError, messages, routes_only_of_high_tables
 from flanneld.dataplane.wire import (
     MAIN_TABLE,
@@ -99,20 +100,19 @@ class UplinkHandler:
         self._netlink = Netlink()
         self._monitor: Monitor | None = None
         self._stale = True
-        self._seen: Mapping[Key, Record] = {}
+        self._seen = Answer()
 
     def handles(self, record: Record) -> bool:
         return isinstance(record, Uplink)
 
-    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Mapping[Key, Record]:  # noqa: ARG002 - the protocol's
+    def observe(self, scope: Scope, links: Mapping[str, Link]) -> Answer:  # noqa: ARG002 - the protocol's
         self._drain()
         if self._stale:
             seen = self._look()
             if seen and self._monitor is None:
                 self._listen()
                 seen = self._look()
-            if seen != self._seen:
-                self._seen = seen
+            self._seen = self._seen.with_only(seen)
             self._stale = False
         return self._seen
 

@@ -57,7 +57,7 @@ def test_without_data_the_input_is_an_empty_line_and_v6_data_serves_too() -> Non
 
 
 def test_data_that_is_no_text_is_refused() -> None:
-    with pytest.raises(PeerRefused, match=r"10\.5\.2\.0-24"):
+    with pytest.raises(PeerRefused, match=r"10\.5\.2\.0/24"):
         Extension(COMMANDS).peer_state(host(), lease(data={"VNI": 1}))
 
 

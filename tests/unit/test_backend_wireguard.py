@@ -182,7 +182,7 @@ def test_published_data_has_flannel_s_keys_in_flannel_s_order() -> None:
     ],
 )
 def test_a_peer_that_publishes_nonsense_is_refused_by_name(data: Any, words: str) -> None:
-    with pytest.raises(PeerRefused, match=r"10\.5\.2\.0-24") as refusal:
+    with pytest.raises(PeerRefused, match=r"10\.5\.2\.0/24") as refusal:
         Wireguard({}).peer_state(node(), peer(data=data))
     assert words in str(refusal.value)
 

@@ -137,7 +137,7 @@ def test_two_peers_with_one_mac_the_first_keeps_it_and_the_second_gets_it_when_t
     a, b = lease("10.5.2.0/24", 12, "02:00:00:00:05:05"), lease("10.5.3.0/24", 13, "02:00:00:00:05:05")
     state.update(snapshot(OWN, a, b), 0)
     assert routes(state) == {"10.5.2.0/24"}
-    assert "belongs to lease 10.5.2.0-24" in state.refused[b.key]
+    assert "wants fdb flannel.1 02:00:00:00:05:05, which belongs to lease 10.5.2.0/24" in state.refused[b.key]
     state.update(snapshot(OWN, b), 0)
     assert routes(state) == {"10.5.3.0/24"}
     assert state.refused == {}
@@ -246,5 +246,6 @@ def test_where_peers_collide_nobody_waits_for_what_nobody_has(events):
     assert state.admitted | state.refused.keys() == peers
     for key, reason in state.refused.items():
         assert "outside the network" in reason or any(
-            f"belongs to lease {other}" in reason and wanted[key] & wanted[other] for other in state.admitted
+            f"belongs to lease {leases[other].cidr}" in reason and wanted[key] & wanted[other]
+            for other in state.admitted
         )

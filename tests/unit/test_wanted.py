@@ -58,13 +58,13 @@ REFUSED = lease("10.6.5.0/24", 15)
 
 
 def test_only_peers_come_and_go(node: Node) -> None:
-    assert node.told(OTHER_BACKEND, REFUSED) == [("peers", 0, 0)]
-    assert node.told(OTHER_BACKEND, REFUSED, A) == [("peer joined", "10.5.2.0-24", None)]
-    assert node.told(REFUSED, A, B) == [("peer joined", "10.5.3.0-24", None)]
-    assert node.told(A) == [("peer left", "10.5.3.0-24", None)]
+    assert node.told(OTHER_BACKEND, REFUSED) == []
+    assert node.told(OTHER_BACKEND, REFUSED, A) == [("peer joined", "10.5.2.0/24", None)]
+    assert node.told(REFUSED, A, B) == [("peer joined", "10.5.3.0/24", None)]
+    assert node.told(A) == [("peer left", "10.5.3.0/24", None)]
     assert node.told(A, OTHER_BACKEND) == []
     moved = lease("10.5.2.0/24", 12, kind="host-gw")
-    assert node.told(moved) == [("peer left", "10.5.2.0-24", None)], "it changed to a backend that we do not speak"
+    assert node.told(moved) == [("peer left", "10.5.2.0/24", None)], "it changed to a backend that we do not speak"
 
 
 def test_many_that_join_at_once_are_one_line_and_counted_rightly(node: Node) -> None:
@@ -72,3 +72,11 @@ def test_many_that_join_at_once_are_one_line_and_counted_rightly(node: Node) -> 
     others = [lease(f"10.5.{number}.0/24", number, kind="host-gw") for number in range(20, 40)]
     many = [lease(f"10.5.{number}.0/24", number) for number in range(40, 50)]
     assert node.told(A, *others, *many) == [("peers", 10, 0)]
+
+
+def test_another_standing_of_this_node_is_no_news_of_its_peers(node: Node) -> None:
+    assert node.told(A, B) == [("peers", 2, 0)]
+    node.board.standing = Standing(Vxlan({"MTU": 1400}), host(facts=FACTS), OWN)
+    assert node.told(A, B) == []
+    node.board.standing = Standing(Vxlan({}), host(facts=FACTS), OWN)
+    assert node.told(A) == [("peers", 0, 1)]
