@@ -8,7 +8,7 @@
 
 In words: the chosen interface's own networks, then whatever the operator routes more closely than by default, then the
 way out. ``iif lo`` means what this host itself sends (include/net/fib_rules.h, LOOPBACK_IFINDEX); what containers send
-from a port of that number is not the tunnel's. Rules that match ports came with Linux 4.17.
+from a port of that number is not the tunnel's.
 """
 
 from __future__ import annotations
@@ -130,8 +130,6 @@ class UplinkHandler:
                     self._remove(record.family, UPLINKS[record.tunnel])
             except NetlinkError as error:
                 failures.append(Failure(change, error.name, f"{describe(change)}: {error}{_remedy(error)}"))
-            except OSError as error:  # if_nametoindex
-                failures.append(Failure(change, "ENODEV", f"{describe(change)}: {error.strerror}"))
         return failures
 
     def fileno(self) -> int | None:
@@ -216,11 +214,11 @@ class UplinkHandler:
     # --- changing --------------------------------------------------------------------------------------------------
 
     def _put(self, want: Uplink) -> None:
-        """Routes before the rules that lead to them, and what is too much last: no packet meets an empty table."""
+        """Rules before routes: a kernel without policy routing refuses them, and would take our table for the main one.
+
+        (A rule whose table is empty is as if it were not there.) What is too much goes last.
+        """
         number, family = UPLINKS[want.tunnel], want.family
-        for route in want.routes:
-            body = route_body(route, socket.if_nametoindex(route.dev or ""), table=number)
-            self._netlink.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
         wanted, standing = _wanted_rules(number, want.port), self._rules(family, number)
         there = {rule for rule, _ in standing}
         for rule in wanted:
@@ -229,6 +227,9 @@ class UplinkHandler:
                     _FAMILIES[family], rule.priority, rule.table, rule.suppress, ROUTE_PROTOCOL, rule.port
                 )
                 self._netlink.request(RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, body)
+        for route in want.routes:
+            body = route_body(route, _index(route.dev or ""), table=number)
+            self._netlink.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body)
         self._delete(RTM_DELRULE, [body for rule, body in standing if rule not in wanted])
         self._delete(RTM_DELROUTE, [body for route, body in self._routes(family, number) if route not in want.routes])
 
@@ -243,6 +244,13 @@ class UplinkHandler:
             except NetlinkError as error:
                 if error.errno not in (errno.ENOENT, errno.ESRCH, errno.ENODEV):
                     raise
+
+
+def _index(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        raise NetlinkError(errno.ENODEV, f"there is no interface {name}") from None
 
 
 def _rule(body: bytes, said: Mapping[int, bytes]) -> _Rule:
@@ -265,6 +273,4 @@ def _number(raw: bytes | None) -> int:
 def _remedy(error: NetlinkError) -> str:
     if error.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
         return ". This kernel has no policy routing (CONFIG_IP_MULTIPLE_TABLES): give the interface the first default route"
-    if error.errno == errno.EINVAL:
-        return ". Rules by UDP port need Linux 4.17: give the interface the default route of the lowest metric"
     return remedy(error)

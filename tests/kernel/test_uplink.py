@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,9 @@ from typing import Literal
 import pytest
 
 from backends.kernel_state import ROUTE_PROTOCOL, Change, Route, Uplink
+from flanneld.dataplane.netlink import Netlink, NetlinkError
 from flanneld.dataplane.uplink import UplinkHandler
+from flanneld.dataplane.wire import RTM_NEWRULE
 from flanneld.ownership import ownership
 from tests.kernel.netlink_host import Host, open_host
 
@@ -130,10 +133,34 @@ def test_another_interface_and_another_port_replace_the_old_ones(host: Host) -> 
 def test_an_interface_that_is_not_there_is_one_failure(host: Host) -> None:
     gone = replace(V4, routes=tuple(replace(route, dev="eth9") for route in V4.routes))
     (failure,) = host.put(gone)
-    assert failure.cause == "ENODEV" and "policy routing of IPv4 for flannel-wg" in failure.message
+    assert failure.cause == "ENODEV"
+    assert failure.message.startswith("policy routing of IPv4 for flannel-wg: there is no interface eth9")
     host.ip("link set eth1 down")
     (failure,) = host.put(V4)
     assert failure.cause == "ENETDOWN" and "The interface is down" in failure.message
+
+
+def test_a_lost_source_address_is_named_and_not_the_kernels_age(host: Host) -> None:
+    host.ip("addr del 172.31.0.11/24 dev eth1")
+    (failure,) = host.put(V4)
+    assert failure.message == "policy routing of IPv4 for flannel-wg: Invalid prefsrc address (EINVAL)"
+
+
+def test_a_kernel_without_policy_routing_is_told_of_and_gets_no_route(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has one table for both, so a route of ours would take the place of the operator's."""
+    before, request = all_text(host), Netlink.request
+
+    def refuse(netlink: Netlink, kind: int, flags: int, body: bytes) -> None:
+        if kind == RTM_NEWRULE:
+            raise NetlinkError(errno.EOPNOTSUPP)
+        request(netlink, kind, flags, body)
+
+    monkeypatch.setattr(Netlink, "request", refuse)
+    for failure in host.put(V4, V6):
+        assert "no policy routing (CONFIG_IP_MULTIPLE_TABLES)" in failure.message
+    assert all_text(host) == before
 
 
 def test_an_interface_that_goes_down_takes_routes_with_it_and_that_is_seen(host: Host) -> None:
