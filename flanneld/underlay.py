@@ -92,16 +92,19 @@ def _leads_elsewhere(routes: tuple[RouteLookup, ...], name: str) -> bool:
 
 
 def _ways_out(view: View, interface: Interface, local: Mapping[Family, IPAddress]) -> dict[Family, RouteLookup | None]:
-    """What ``Underlay.ways_out`` says. The kernel sends from a route's own source address, else from one of its device's."""
+    """What ``Underlay.ways_out`` says. The kernel sends from a route's own source address, else from one of its device's.
+
+    The routes of the interface's own networks have their own source addresses, too, whatever the default route's is.
+    """
     found: dict[Family, RouteLookup | None] = {}
     for family, address in local.items():
         used = next(iter(view.default.get(family, ())), None)
         own = next((route for route in view.default.get(family, ()) if route.dev == interface.name), None)
-        alone = _addresses_of(interface, family) == 1
+        alone = _sources(interface, family) <= {address}
         if used is None:
             by_itself = alone or interface.loopback
         elif used.dev == interface.name:
-            by_itself = used.src == str(address) or (used.src is None and alone)
+            by_itself = alone and used.src in (None, str(address))
         else:
             by_itself = own is None and used.src == str(address)
         if not by_itself:
@@ -109,10 +112,15 @@ def _ways_out(view: View, interface: Interface, local: Mapping[Family, IPAddress
     return found
 
 
-def _addresses_of(interface: Interface, family: Family) -> int:
-    """How many addresses of an interface the kernel may take as the source of a packet that leaves the link."""
-    found = (ip_interface(address.address).ip for address in interface.addresses)
-    return sum(ip.version == family and not ip.is_link_local for ip in found)
+def _sources(interface: Interface, family: Family) -> set[IPAddress]:
+    """The addresses of an interface that the kernel may take as the source of a packet that leaves the link.
+
+    In IPv4 that is one whose network holds the gateway (inet_select_addr), so no VIP of /32 where there are networks.
+    """
+    found = [ip_interface(address.address) for address in interface.addresses if not address.secondary]
+    found = [address for address in found if address.version == family and not address.is_link_local]
+    networks = [address for address in found if family == 4 and address.network.prefixlen < 32]
+    return {address.ip for address in networks or found}
 
 
 def best_address(interface: Interface, family: Family, wanted: IPAddress | None = None) -> IPAddress | None:

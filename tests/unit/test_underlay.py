@@ -179,7 +179,10 @@ def test_packets_are_pinned_to_an_interface_whose_default_route_is_not_the_one_i
 
 
 DEFAULT0, DEFAULT1 = RouteLookup("eth0", "10.0.2.2", None), RouteLookup("eth1", "192.168.56.1", None)
-TWICE = interface("eth0", "10.0.2.15/24", "10.0.2.99/24")
+FROM99 = RouteLookup("eth0", "10.0.2.2", "10.0.2.99")
+"""As DHCP clients write it. The route of 10.0.2.0/24 has another source: the kernel writes that one."""
+TWICE = interface("eth0", "10.0.2.15/24", InterfaceAddress("10.0.2.99/24", secondary=True))
+TWO_NETWORKS = interface("eth0", "10.0.2.15/24", "10.9.0.15/24")
 
 
 @pytest.mark.field_problem(34)
@@ -193,7 +196,12 @@ TWICE = interface("eth0", "10.0.2.15/24", "10.0.2.99/24")
         ((ETH0, ETH1), (DEFAULT0, DEFAULT1), "eth0", {}),
         ((TWICE,), (DEFAULT0,), "10.0.2.99", {4: DEFAULT0}),
         ((TWICE,), (), "10.0.2.99", {4: None}),
-        ((TWICE,), (RouteLookup("eth0", "10.0.2.2", "10.0.2.99"),), "10.0.2.99", {}),
+        ((TWICE,), (FROM99,), "10.0.2.99", {4: FROM99}),
+        ((TWICE,), (DEFAULT0,), "10.0.2.15", {}),
+        ((TWO_NETWORKS,), (DEFAULT0,), "10.0.2.15", {4: DEFAULT0}),
+        ((ETH0,), (FROM99,), "eth0", {4: FROM99}),
+        ((interface("eth0", "10.0.2.15/24", "10.0.2.99/32"),), (DEFAULT0,), "10.0.2.15", {}),
+        ((interface("eth0", "10.0.2.15/32", "10.0.2.99/32"),), (DEFAULT0,), "10.0.2.15", {4: DEFAULT0}),
         ((ROUTED, ETH0), (RouteLookup("eth0", "10.0.2.2", "10.9.9.7"),), "10.9.9.7", {}),
         ((ROUTED, ETH0), (DEFAULT0,), "10.9.9.7", {4: DEFAULT0}),
         ((ROUTED, ETH0), (), "10.9.9.7", {}),
@@ -211,6 +219,7 @@ def test_a_second_address_of_ipv6_is_one_that_the_kernel_may_choose_and_a_link_l
     for addresses, expected in (
         (("2001:db8::7/64", "fe80::7/64"), {}),
         (("2001:db8::7/64", "2001:db8::8/64"), {6: way}),
+        (("fe80::7/64",), {}),
     ):
         chosen = choose_underlay(View((interface("eth0", *addresses),), {6: (way,)}), Choice((6,)))
         assert chosen.ways_out == expected
