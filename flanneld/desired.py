@@ -76,7 +76,8 @@ class DesiredState:
         self._lingering: dict[str, float] = {}
         """Leases that are gone, and when their records go, the first one first."""
         self._waiting: dict[Key, set[str]] = {}
-        """Leases that were refused because another one has this record."""
+        """Leases that were refused because another one has this record; ``_waits_for``: the record, by lease."""
+        self._waits_for: dict[str, Key] = {}
         self.refused: dict[str, str] = {}
         for record in self._host_records():
             self._records[record.key] = record
@@ -124,6 +125,7 @@ class DesiredState:
             if lease is None:
                 self._lingering[key] = now + LINGER
                 self.refused.pop(key, None)
+                self._stop_waiting(key)
                 update.leases.add(key)
                 freed.update(self._peers.get(key, ()))
         for key, lease in news:
@@ -148,6 +150,7 @@ class DesiredState:
 
     def _admit(self, lease_key: str, lease: Lease, update: Update) -> None:
         """Give a lease its records. What lingers in its way goes at once."""
+        self._stop_waiting(lease_key)
         if self._is_ours(lease_key, lease) or not self.standing.backend.accepts(lease):
             self._withdraw(lease_key, update)
             return
@@ -192,6 +195,13 @@ class DesiredState:
             del self._records[key], self._owner[key]
         update.leases.add(lease_key)
         update.records.update(records)
+
+    def _stop_waiting(self, lease_key: str) -> None:
+        record = self._waits_for.pop(lease_key, None)
+        if record is not None and (others := self._waiting.get(record)) is not None:
+            others.discard(lease_key)
+            if not others:
+                del self._waiting[record]
 
     def _is_ours(self, lease_key: str, lease: Lease) -> bool:
         """Our lease, or what is left of it for a moment when it has moved to another key (a family turned on or off)."""
@@ -239,6 +249,7 @@ class DesiredState:
                 self._withdraw(holder, update)
             elif holder != lease.key:
                 self._waiting.setdefault(key, set()).add(lease.key)
+                self._waits_for[lease.key] = key
                 other = self._leases[holder].cidr
                 raise PeerRefused(f"lease {lease.cidr} wants {_name(key)}, which belongs to lease {other}")
 

@@ -151,6 +151,22 @@ def test_a_refused_lease_that_goes_is_forgotten():
     assert state.refused == {}
 
 
+def test_nothing_is_kept_of_leases_that_were_refused_and_went():
+    """Clones of one machine that come and go for weeks, while the first one stays."""
+    state = desired()
+    first, mac = lease("10.5.2.0/24", 12, "02:00:00:00:05:05"), "02:00:00:00:05:05"
+    for number in range(3, 9):
+        state.update(snapshot(OWN, first, lease(f"10.5.{number}.0/24", number, mac)), number)
+        assert len(state.refused) == 1
+    state.update(snapshot(OWN, first), 99)
+    assert (state._waiting, state._waits_for, state.refused) == ({}, {}, {})
+    last = lease("10.5.9.0/24", 9, mac)
+    state.update(snapshot(OWN, first, last), 100)
+    state.update(snapshot(OWN, last), 101)
+    assert routes(state) == {"10.5.9.0/24"}
+    assert (state._waiting, state._waits_for) == ({}, {})
+
+
 def test_the_blackhole_stands_behind_the_bridges_own_route():
     standing = replace(desired().standing, blackhole=True)
     hole = next(r for r in DesiredState(standing).state.values() if isinstance(r, Route))
