@@ -6,14 +6,13 @@ Every write is a compare-and-swap on what was read; a daemon never meets a half-
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from subnet_lease.etcd_connection import EtcdConnection, clean_prefix
 from subnet_lease.etcd_leases import SignOfLife
-from subnet_lease.etcd_table import decode_any
+from subnet_lease.etcd_table import decode_any, shell_word
 from subnet_lease.etcd_watch import SnapshotWatch
 from subnet_lease.lease import Lease, LeaseSnapshot
 from subnet_lease.lease_wire import encode_attrs, parse_subnet_key
@@ -85,7 +84,7 @@ class EtcdAdmin:
             if lease is not None:
                 leases.append(lease)
             else:  # daemons ignore it and count it
-                strays.append(Stray(kv.key.decode("utf-8", "replace"), _why(key), f"etcdctl del {_quoted(kv.key)}"))
+                strays.append(Stray(kv.key.decode("utf-8", "replace"), _why(key), f"etcdctl del {shell_word(kv.key)}"))
         return leases, strays
 
     def ttl(self, lease: Lease) -> float | None:
@@ -141,13 +140,3 @@ def _why(key: str) -> str:
     except ValueError as error:
         return str(error).partition(": ")[2]
     return "names no subnet"
-
-
-def _quoted(key: bytes) -> str:
-    """A key as a word for the shell; for bash, if it is no plain text."""
-    text = key.decode("utf-8", "replace")
-    if text.isprintable() and text.encode() == key:
-        return shlex.quote(text)
-    return (
-        "$'" + "".join(chr(b) if (chr(b).isalnum() and b < 128) or b in b"/.-_:&" else f"\\x{b:02x}" for b in key) + "'"
-    )

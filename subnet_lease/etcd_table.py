@@ -5,6 +5,7 @@ A bad key or value withdraws nothing: the last good one stays, one counter rises
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -51,6 +52,16 @@ def decode_any(key: str, value: bytes, revision: int, lease_id: int) -> Lease | 
         with suppress(ValueError):
             return unreadable_lease(key, revision, lease_id)
     return None
+
+
+def shell_word(key: bytes) -> str:
+    """A key as a word for the shell; for bash, if it is no plain text."""
+    text = key.decode("utf-8", "replace")
+    if text.isprintable() and text.encode() == key:
+        return shlex.quote(text)
+    return (
+        "$'" + "".join(chr(b) if (chr(b).isalnum() and b < 128) or b in b"/.-_:&" else f"\\x{b:02x}" for b in key) + "'"
+    )
 
 
 class LeaseReader:
@@ -202,7 +213,7 @@ class SnapshotTable:
                 self._bad[key] = value_hash
                 self._status.count("bad_key")
                 known = "its last good value stays in use" if key in self.leases else "it is ignored"
-                remedy = f"etcdctl del {self._subnets.decode()}{key}"
+                remedy = f"etcdctl del {shell_word(kv.key)}"
                 log.warning(f"unreadable lease in etcd; {known}", key=key, error=str(error), to_remove_it=remedy)
             return False
         if self._marks.get(key) == mark:

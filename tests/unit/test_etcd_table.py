@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,3 +116,14 @@ def test_a_change_of_the_configuration_does_not_say_that_the_leases_are_known_up
     assert (folded.revision, folded.config_revision) == (1, 9)
     assert folded.apply([SimpleNamespace(type=PUT, kv=pair("subnets/10.5.1.0-24", value(1), 8))])
     assert (folded.revision, folded.config_revision) == (8, 9)
+
+
+@pytest.mark.field_problem(5)
+@pytest.mark.parametrize("key", ["10.5.1.0-24&fc00:0:0:1::-64", "fo o", "it's"])
+def test_what_removes_an_unreadable_key_removes_that_key_alone(key: str) -> None:
+    """Pasted as it is: & would end the command, and a second word would be the end of a range."""
+    with structlog.testing.capture_logs() as logs:
+        table().apply([SimpleNamespace(type=PUT, kv=pair(f"subnets/{key}", value(None), 2))])
+    (told,) = logs
+    shown = subprocess.run(["sh", "-c", f"printf '<%s>' {told['to_remove_it']}"], capture_output=True, check=True)
+    assert shown.stdout.decode() == f"<etcdctl><del></net/subnets/{key}>"
