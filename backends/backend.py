@@ -40,7 +40,7 @@ class Underlay:
     families whose packets the routing table would send by another interface, although this one has a default route,
     too: a tunnel that can name its interface does so (field problem 34). ``ways_out`` are the families in which the
     kernel, left to itself, may send from another address or interface, each with the default route to be used: this
-    interface's, else the one in use; None where there is none. ``index`` tells an interface from another one
+    interface's own, for loopback the one in use; None where there is none. ``index`` tells an interface from another one
     that later has the same name. ``loopback``: packets have this interface's address and leave by others.
     """
 

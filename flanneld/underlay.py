@@ -95,20 +95,20 @@ def _ways_out(view: View, interface: Interface, local: Mapping[Family, IPAddress
     """What ``Underlay.ways_out`` says. The kernel sends from a route's own source address, else from one of its device's.
 
     The routes of the interface's own networks have their own source addresses, too, whatever the default route's is.
+    Another interface's default route is left as it is: answers to this one's address come in here, and wireguard-go then
+    sends by the interface by which it was answered, where there is no way to the peer.
     """
     found: dict[Family, RouteLookup | None] = {}
     for family, address in local.items():
         used = next(iter(view.default.get(family, ())), None)
         own = next((route for route in view.default.get(family, ()) if route.dev == interface.name), None)
-        alone = _sources(interface, family) <= {address}
-        if used is None:
-            by_itself = alone or interface.loopback
-        elif used.dev == interface.name:
-            by_itself = alone and used.src in (None, str(address))
+        if interface.loopback:
+            way, by_itself = used, used is None or used.src == str(address)
         else:
-            by_itself = own is None and used.src == str(address)
+            chosen = own is None or (own is used and own.src in (None, str(address)))
+            way, by_itself = own, chosen and _sources(interface, family) <= {address}
         if not by_itself:
-            found[family] = own or used
+            found[family] = way
     return found
 
 

@@ -77,10 +77,15 @@ class Lazy:
 
 def make_dataplane(hooks_file: Path | None = None, netfilter: Netfilter | None = None) -> Dataplane:
     """For this thread and its network namespace. ``hooks_file`` remembers which commands have run."""
+    wireguard = Lazy(_asks_wireguard, _wireguard)
+
+    def way_out_changed() -> None:
+        getattr(wireguard.made, "forget_sources", lambda: None)()
+
     handlers: list[Handler] = [
         netfilter or Netfilter(),
-        UplinkHandler(),
-        Lazy(_asks_wireguard, _wireguard),
+        UplinkHandler(way_out_changed),
+        wireguard,
         Lazy(_asks_udp, _udp),
     ]
     if hooks_file is not None:

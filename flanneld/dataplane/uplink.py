@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from socket import AF_INET, AF_INET6
 from struct import Struct
 from typing import Final, Literal, NamedTuple
@@ -96,8 +96,10 @@ def _wanted_rules(number: int, port: int) -> list[_Rule]:
 class UplinkHandler:
     """Observes and makes ``Uplink`` records. Listens to the kernel only while there is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        """``changed`` is called after each change: who remembers a way out must look for it again."""
         self._netlink = Netlink()
+        self._changed = changed
         self._monitor: Monitor | None = None
         self._stale = True
         self._seen = Answer()
@@ -130,6 +132,7 @@ class UplinkHandler:
                     self._remove(record.family, UPLINKS[record.tunnel])
             except NetlinkError as error:
                 failures.append(Failure(change, error.name, f"{describe(change)}: {error}{_remedy(error)}"))
+        self._changed()
         return failures
 
     def fileno(self) -> int | None:

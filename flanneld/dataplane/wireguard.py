@@ -4,9 +4,10 @@ Three things are special. Nobody tells when a peer changes, so devices are read 
 from the lease's for a good reason: WireGuard follows a peer that roams or sits behind NAT. So a roamed endpoint counts
 as the desired one while handshakes are fresh, and is put back when they are stale (field problem 32): the peer is then
 not where it was last heard, and the lease is the best guess. And wireguard-go goes on sending from an address that this
-host has lost (the kernel answers ENETUNREACH where it expects EINVAL), so when the tunnels' own address changes, every
-endpoint is set again to what it is; also at the start, since nobody knows what the address was before. No record says
-otherwise than before, so this is no change, and it takes no packet.
+host has lost (the kernel answers ENETUNREACH where it expects EINVAL), and by the interface by which a peer was last
+heard; so when the tunnels' own address or their way out changes, every endpoint is set again to what it is; also at the
+start, since nobody knows what they were before. No record says otherwise than before, so this is no change, and it takes
+no packet.
 """
 
 from __future__ import annotations
@@ -116,6 +117,10 @@ class WireguardHandler:
 
     def invalidate(self) -> None:
         self._look = True
+
+    def forget_sources(self) -> None:
+        """The way out is another one: at the next look, nothing is sent as before."""
+        self._sources = ()
 
     def close(self) -> None:
         self._ticker.close()

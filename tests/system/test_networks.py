@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from flanneld.lab.capture import capture
-from flanneld.lab.hosts import Lab
+from flanneld.lab.hosts import Lab, sysctl
 from flanneld.lab.wait import wait_until
 from tests.system.backend_cases import kernel_has_ipip
 from tests.system.kernel_text import metric
@@ -168,7 +168,8 @@ def test_wireguard_too_leaves_by_the_chosen_interface_where_another_has_the_defa
         return host.run("ping -c 3 -i 0.2 10.5.9.1", check=False)
 
     packet = capture(host.ns, "eth0", "udp port 51820", speak)[0]
-    assert packet["IP"].src == host.second_address, "the chosen address, also by the only default route"
+    assert packet["IP"].src == host.address, "another interface's default route is left as it is"
+    assert host.run("ip rule").count("\n") == 3
     host.run("ip route add default via 172.31.0.1 dev eth1 metric 200")
     wait_until(lambda: "via 172.31.0.1 dev eth1" in host.run("ip route show table 2410"), 6, "its own")
     packet = capture(host.ns, "eth1", "udp port 51820", speak)[0]
@@ -190,6 +191,38 @@ def test_wireguard_too_leaves_by_the_chosen_interface_where_another_has_the_defa
     host.ctl("cleanup")
     host.run("ip route del default via 172.31.0.1 dev eth1")
     assert host.run("ip rule") + host.run("ip route show table all") == before
+
+
+@pytest.mark.field_problem(34)
+def test_wireguard_reaches_peers_beyond_the_link_whatever_becomes_of_the_default_route(make_lab: MakeLab) -> None:
+    """Answers come in where the address is; wireguard-go then sends by that interface until it is told to forget it."""
+    if shutil.which("wireguard-go") is None:
+        pytest.skip("the program wireguard-go is not installed (Debian: wireguard-go)")
+    lab = make_lab(2, second="172.31.0.0/24")
+    lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}})
+    host, far = lab.hosts
+    sysctl(lab.switch, {"net/ipv4/ip_forward": "1"})
+    lab.switch.run(f"ip route add 203.0.113.12 via {far.address}")
+    far.run("ip addr add 203.0.113.12/32 dev eth0")
+    far.run("ip link set eth1 down")
+    host.start_daemon("--iface=eth1", wait=True)
+    far.start_daemon("--iface=203.0.113.12", wait=True)
+    here, there = (each.container("c") for each in lab.hosts)
+
+    def source_on(dev: str) -> str:
+        packet = capture(host.ns, dev, "udp port 51820 and dst 203.0.113.12", lambda: here.ping(there))[0]
+        return str(packet["IP"].src)
+
+    wait_until(lambda: here.ping(there).ok, 10, "a ping by the only way")
+    assert source_on("eth0") == host.address
+    host.run("ip route add default via 172.31.0.1 dev eth1 metric 200")
+    wait_until(lambda: "via 172.31.0.1" in host.run("ip route show table 2410", check=False), 6, "a way of its own")
+    assert source_on("eth1") == host.second_address
+    assert here.ping(there).ok
+    host.run("ip route del default via 172.31.0.1 dev eth1")
+    wait_until(lambda: "51820" not in host.run("ip rule"), 6, "no rule")
+    wait_until(lambda: here.ping(there).ok, 10, "a ping by the other interface")
+    assert source_on("eth0") == host.address
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,7 @@ DEFAULT0, DEFAULT1 = RouteLookup("eth0", "10.0.2.2", None), RouteLookup("eth1", 
 FROM99 = RouteLookup("eth0", "10.0.2.2", "10.0.2.99")
 """As DHCP clients write it. The route of 10.0.2.0/24 has another source: the kernel writes that one."""
 TWICE = interface("eth0", "10.0.2.15/24", InterfaceAddress("10.0.2.99/24", secondary=True))
+TWICE1 = interface("eth1", "192.168.56.10/24", InterfaceAddress("192.168.56.99/24", secondary=True))
 TWO_NETWORKS = interface("eth0", "10.0.2.15/24", "10.9.0.15/24")
 
 
@@ -191,7 +192,8 @@ TWO_NETWORKS = interface("eth0", "10.0.2.15/24", "10.9.0.15/24")
     [
         ((ETH0, ETH1), (DEFAULT0,), "eth0", {}),
         ((ETH0, ETH1), (), "eth0", {}),
-        ((ETH0, ETH1), (DEFAULT0,), "eth1", {4: DEFAULT0}),
+        ((ETH0, ETH1), (DEFAULT0,), "eth1", {}),
+        ((ETH0, TWICE1), (DEFAULT0,), "192.168.56.99", {4: None}),
         ((ETH0, ETH1), (DEFAULT0, DEFAULT1), "eth1", {4: DEFAULT1}),
         ((ETH0, ETH1), (DEFAULT0, DEFAULT1), "eth0", {}),
         ((TWICE,), (DEFAULT0,), "10.0.2.99", {4: DEFAULT0}),

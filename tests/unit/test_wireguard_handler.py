@@ -224,6 +224,17 @@ def test_a_changed_address_of_ours_is_told_to_an_engine_that_clings_to_the_old_o
     assert bench.converge(LINK, peer(), peer("p2", net="10.5.2.0/24")) == [] == bench.engine.written
 
 
+@pytest.mark.field_problem(34)
+def test_another_way_out_is_told_to_an_engine_that_clings_to_the_old_one(bench: Bench) -> None:
+    bench.sources = ("192.0.2.9",)
+    bench.converge(LINK, peer())
+    bench.engine.written.clear()
+    bench.handler.forget_sources()
+    bench.observe()
+    bench.observe()
+    assert bench.engine.written == [PeerWrite("p1", endpoint="192.0.2.1:51820")]
+
+
 @pytest.mark.field_problem(22)
 def test_at_the_start_the_address_that_was_used_before_is_not_known_and_left(bench: Bench) -> None:
     bench.engine.devices[DEV] = DeviceState("private", 51820)
