@@ -196,7 +196,8 @@ class UplinkHandler:
             tables = (
                 body[start:end] for kind, start, end in attributes(body, RTMSG.size, len(body)) if kind == RTA_TABLE
             )
-            if next(tables, b"") == table:
+            # Asked for IPv6 where that is off altogether, the kernel tells of IPv4.
+            if body[0] == _FAMILIES[family] and next(tables, b"") == table:
                 names = names or dict(socket.if_nameindex())
                 main = as_main(body)
                 found.append((decode_route(main, 0, len(main), None, names), body))

@@ -6,6 +6,7 @@ import errno
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from socket import AF_INET
 from typing import Literal
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from backends.kernel_state import ROUTE_PROTOCOL, Change, Route, Uplink
 from flanneld.dataplane.netlink import Netlink, NetlinkError
 from flanneld.dataplane.uplink import UplinkHandler
-from flanneld.dataplane.wire import RTM_NEWRULE
+from flanneld.dataplane.wire import RTM_GETROUTE, RTM_NEWRULE
 from flanneld.ownership import ownership
 from tests.kernel.netlink_host import Host, open_host
 
@@ -161,6 +162,22 @@ def test_a_kernel_without_policy_routing_is_told_of_and_gets_no_route(
     for failure in host.put(V4, V6):
         assert "no policy routing (CONFIG_IP_MULTIPLE_TABLES)" in failure.message
     assert all_text(host) == before
+
+
+def test_routes_of_ipv4_are_not_taken_for_those_of_an_ipv6_that_is_off(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ipv6.disable=1 the kernel answers with every family that it has (rtnetlink.c, rtnl_dump_all)."""
+    dump = Netlink.dump
+
+    def all_families(netlink: Netlink, kind: int, body: bytes) -> list[bytes]:
+        return dump(netlink, kind, bytes([AF_INET]) + body[1:] if kind == RTM_GETROUTE else body)
+
+    host.put(V4)
+    monkeypatch.setattr(Netlink, "dump", all_families)
+    handler = UplinkHandler()
+    assert dict(handler.observe(host.scope, {})) == {V4.key: V4}
+    handler.close()
 
 
 def test_an_interface_that_goes_down_takes_routes_with_it_and_that_is_seen(host: Host) -> None:
