@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for change in changes:
             put(in_words(change).replace("remove ", "removed ", 1))
-        put(f"{len(changes)} things removed" if changes else "nothing of flanneld is on this host")
+        put(f"{len(changes)} things removed" if changes else "nothing of this flanneld was left on this host")
         if kept:
             prefix = "" if options.etcd_prefix == DEFAULT_PREFIX else f" --etcd-prefix={options.etcd_prefix}"
             put(f"the lease {kept} stays in etcd: flannelctl release{prefix} {kept}")

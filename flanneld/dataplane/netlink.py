@@ -101,8 +101,13 @@ class Netlink:
 
     def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
         self._sock = _open(RECEIVE_BUFFER, protocol)
-        for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
-            self._sock.setsockopt(SOL_NETLINK, option, 1)
+        try:
+            for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
+                self._sock.setsockopt(SOL_NETLINK, option, 1)
+        except OSError as error:
+            self._sock.close()
+            text = f"this kernel ({os.uname().release}) is too old: flanneld needs Linux 4.20 or newer"
+            raise OSError(error.errno, text) from None
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", ANSWER_SECONDS, 0))
         self._seq = 0
 

@@ -143,7 +143,7 @@ def test_cleanup_leaves_the_host_as_it_was(make_lab: Callable[..., Lab], backend
     assert everything(host) == before
     assert not list(host.daemon.run_dir.iterdir())
     again = host.ctl("cleanup")
-    assert (again.returncode, again.stdout) == (0, "nothing of flanneld is on this host\n")
+    assert (again.returncode, again.stdout) == (0, "nothing of this flanneld was left on this host\n")
 
 
 @pytest.mark.field_problem(42)
