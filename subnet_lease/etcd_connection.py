@@ -37,6 +37,8 @@ class EtcdLeaseGone(StoreError):
 
 CALL_TIMEOUT: Final = 5.0
 """Seconds for one call to one endpoint."""
+CONNECT_TIMEOUT: Final = 1.0
+"""Seconds for an attempt to connect, until etcd's first word: a daemon tries again, or another endpoint."""
 MEMORY: Final = 60.0
 """Seconds for which a refused certificate is told in place of "nobody listens"."""
 
@@ -48,7 +50,6 @@ _CHANNEL_OPTIONS: Final = {
     "grpc.http2.max_pings_without_data": 0,
     # gRPC waits up to two minutes between attempts to connect; the network daemon is wanted back at once.
     "grpc.initial_reconnect_backoff_ms": 200,
-    "grpc.min_reconnect_backoff_ms": 1_000,
     "grpc.max_reconnect_backoff_ms": 2_000,
     # 4 MB is some 12,000 leases.
     "grpc.max_receive_message_length": -1,
@@ -101,6 +102,7 @@ class EtcdConnection:
         password: str = "",
         scope: str = "",
         timeout: float = CALL_TIMEOUT,
+        connect_timeout: float = CONNECT_TIMEOUT,
     ) -> None:
         parsed = [parse_endpoint(text) for text in dict.fromkeys(endpoints) if text.strip()]
         if not parsed:
@@ -120,6 +122,8 @@ class EtcdConnection:
         self.generation = 0
         """Rises whenever connections are left for new ones: a stream over an older one has ended by our own wish."""
         self._endpoints = parsed
+        # The shortest pause between two attempts is also the time that one is given.
+        self._options = {**_CHANNEL_OPTIONS, "grpc.min_reconnect_backoff_ms": round(connect_timeout * 1000)}
         self._read_certificates()
         self._attempts = len(parsed)
         self._client = self._new_client(timeout)
@@ -143,7 +147,7 @@ class EtcdConnection:
                     secure=secure,
                     creds=self._credentials,
                     time_retry=pause,
-                    opts=list(_CHANNEL_OPTIONS.items()),
+                    opts=list(self._options.items()),
                 )
                 for secure, host, port in self._endpoints
             ],

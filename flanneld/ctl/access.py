@@ -79,7 +79,7 @@ def open_access(arguments: argparse.Namespace) -> Access:
     if options.kube_subnet_mgr:
         return KubeAccess(options)
     from subnet_lease.etcd_admin import EtcdAdmin
-    from subnet_lease.etcd_connection import EtcdConnection
+    from subnet_lease.etcd_connection import CALL_TIMEOUT, EtcdConnection
 
     connection = EtcdConnection(
         options.etcd_endpoints.split(","),
@@ -89,6 +89,7 @@ def open_access(arguments: argparse.Namespace) -> Access:
         username=options.etcd_username,
         password=options.etcd_password,
         scope=options.etcd_prefix,
+        connect_timeout=CALL_TIMEOUT,  # a command asks once
     )
     return EtcdAdmin(connection, options.etcd_prefix)
 

@@ -17,6 +17,7 @@ from flanneld.ctl.cli import main
 from flanneld.lab.etcd import Etcd
 from flanneld.lab.netns import end
 from flanneld.lab.wait import wait_until
+from tests.store.tcp_proxy import TcpProxy
 
 PREFIX = "/coreos.com/network"
 CONFIG = '{"Network": "10.5.0.0/16", "SubnetLen": 24, "Backend": {"Type": "vxlan", "VNI": 3}}'
@@ -354,6 +355,16 @@ def test_no_etcd_is_said_in_one_sentence(ctl: Run, monkeypatch: pytest.MonkeyPat
         "error: etcd at http://127.0.0.1:1 cannot be reached: connection refused;"
         " check that it runs and that --etcd-endpoints names it\n"
     )
+
+
+def test_an_etcd_that_takes_its_time_is_waited_for(ctl: Run, etcd: Etcd) -> None:
+    with TcpProxy(etcd.port) as wire:
+        wire.freeze()
+        mending = threading.Timer(2, wire.mend)
+        mending.start()
+        code, _, err = ctl("leases", f"--etcd-endpoints={wire.endpoint}")
+        mending.join()
+    assert (code, err) == (0, "")
 
 
 def test_where_the_store_is_may_be_said_before_the_command_and_after_it(ctl: Run) -> None:
