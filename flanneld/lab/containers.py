@@ -94,7 +94,7 @@ class Container:
             input=json.dumps(self.configuration),
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
             env=environment,
         )

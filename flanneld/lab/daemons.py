@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from flanneld.lab import wait
 from flanneld.lab.netns import end
 from flanneld.lab.wait import wait_until
 
@@ -83,7 +84,7 @@ class Daemon:
     def get(self, path: str) -> Answer:
         """GET from its status port, e.g. ``get("/readyz")``; OSError while it does not listen."""
         # A socket belongs to the namespace in which it was made; what follows may happen outside.
-        connection = http.client.HTTPConnection("127.0.0.1", self.healthz_port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.healthz_port, timeout=5 * wait.patience)
         with contextlib.closing(connection):
             with self.host.ns.inside():
                 connection.connect()

@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from flanneld.lab import wait
 from flanneld.lab.netns import Namespace, end, run
 
 
@@ -86,7 +87,7 @@ class Etcd:
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * wait.patience
         while time.monotonic() < deadline:
             assert self.process is not None
             if self.process.poll() is not None:

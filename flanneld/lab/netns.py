@@ -16,6 +16,8 @@ from pathlib import Path
 
 from pyroute2 import netns
 
+from flanneld.lab import wait
+
 RUN_ID = f"fl{uuid.uuid4().hex[:6]}"
 
 
@@ -116,7 +118,8 @@ class Namespace:
 
 
 def end(process: subprocess.Popen[bytes], sig: int = signal.SIGTERM, timeout: float = 5) -> int:
-    """End a process that we started, harder if it does not listen; its exit code."""
+    """End a process that we started, harder if it does not listen in time (times ``wait.patience``); its exit code."""
+    timeout *= wait.patience
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sig)

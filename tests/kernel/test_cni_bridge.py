@@ -16,6 +16,7 @@ import pytest
 
 from flanneld.lab.netns import Namespace, run
 from flanneld.lab.ping import ping
+from flanneld.lab.wait import wait_until
 from tests.testbed.cni import DEBIAN_PLUGINS, SUBNET_ENV, Answer, Plugin, build
 
 pytestmark = [
@@ -83,8 +84,8 @@ def test_a_container_from_add_to_del(plugin: Plugin, make_box: Any, version: str
     (a4, a6), (b4, _) = a.add(), b.add()
     assert a.result["cniVersion"] == version
     assert (a4[:8], a6[:13]) == ("10.5.52.", "fc00:0:0:34::")
-    assert ping(a.ns, b4).ok
-    assert ping(b.ns, a6).ok
+    wait_until(lambda: ping(a.ns, b4).ok, 5, "a ping")
+    wait_until(lambda: ping(b.ns, a6).ok, 5, "a ping")
     if version != "0.3.1":
         assert a("CHECK", prevResult=a.result).code == 0
         a.ns.run(f"ip addr del {a4}/24 dev eth0")
@@ -117,9 +118,9 @@ class TestNothingElseInstalled:
             (a4, a6), (b4, _) = ([found[key]["ip"].split("/")[0] for key in ("ip4", "ip6")] for found in results)
         else:
             (a4, a6), (b4, _) = ([e["address"].split("/")[0] for e in found["ips"]] for found in results)
-        assert ping(a.ns, b4).ok
-        assert ping(b.ns, a6).ok
-        assert ping(a.ns, "10.5.52.1").ok
+        wait_until(lambda: ping(a.ns, b4).ok, 5, "a ping")
+        wait_until(lambda: ping(b.ns, a6).ok, 5, "a ping")
+        wait_until(lambda: ping(a.ns, "10.5.52.1").ok, 5, "a ping")
         assert "default via 10.5.52.1" in a.ns.run("ip -4 route")
         assert "10.5.0.0/16 via 10.5.52.1" in a.ns.run("ip -4 route")
         assert "fc00::/48 via fc00:0:0:34::1" in a.ns.run("ip -6 route")
@@ -143,7 +144,7 @@ class TestNothingElseInstalled:
         a.add()
         plugin.path = DEBIAN_PLUGINS
         (address,) = b.add()
-        assert ping(a.ns, address).ok
+        wait_until(lambda: ping(a.ns, address).ok, 5, "a ping")
         assert a("CHECK", prevResult=a.result).code == 0
         assert [box("DEL").code for box in (a, b)] == [0, 0]
         assert reserved(plugin) == set()

@@ -70,9 +70,12 @@ def test_a_command_that_fails_is_quoted_with_its_output() -> None:
 
 def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    with pytest.raises(CommandFailed, match=r"was ended after 0.5 s") as error:
-        run_command(f"sleep 300 & echo $! > {note}; wait", timeout=0.5)
-    assert error.value.timed_out
+    for seconds in (0.5, 2, 8):  # a machine that does something else may not get to the note in time
+        with pytest.raises(CommandFailed, match=rf"was ended after {seconds:g} s") as error:
+            run_command(f"sleep 300 & echo $! > {note}; wait", timeout=seconds)
+        assert error.value.timed_out
+        if note.exists() and note.read_text():
+            break
     pid = int(note.read_text())
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":

@@ -165,7 +165,7 @@ def test_a_daemon_that_restarts_adopts_the_worker_and_writes_nothing(joined: tup
     a, b = joined
     before = a.worker()
     a.stop()
-    assert ping(a.namespace, "10.5.2.0", count=3).ok
+    wait_until(lambda: ping(a.namespace, "10.5.2.0", count=3).ok, 5, "a ping")
     a.start()
     assert a.one_pass(a.desired(b.lease)) == []
     assert a.worker() == before
@@ -231,7 +231,7 @@ def test_a_port_in_use_is_named_and_nothing_is_lost(joined: tuple[Node, Node]) -
         "cannot bind UDP 192.168.9.1:9999 on eth0: another process uses that port; stop it, "
         "or set another Port in the network configuration"
     ]
-    assert ping(a.namespace, "10.5.2.0").ok
+    wait_until(lambda: ping(a.namespace, "10.5.2.0").ok, 5, "a ping")
     assert a.one_pass(a.desired(b.lease)) == []
 
 

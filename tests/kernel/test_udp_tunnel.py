@@ -72,7 +72,7 @@ def counters(host: TunnelHost) -> dict[str, int]:
 def test_packets_of_the_full_mtu_pass_unfragmented_both_ways(joined: Pair) -> None:
     a, b = joined
     for here, there in ((a, b), (b, a)):
-        assert ping(here.namespace, there.address, size=1472 - 28, dont_fragment=True).ok
+        wait_until(lambda: ping(here.namespace, there.address, size=1472 - 28, dont_fragment=True).ok, 5, "a ping")
         assert not ping(here.namespace, there.address, size=1473 - 28, dont_fragment=True).ok
 
 
@@ -99,7 +99,7 @@ def test_the_plain_c_loop_understands_us_and_we_it(hosts: Pair, worker_is_sender
         a.start(b, "worker")
         b.start(a, "c", reference)
         wait_until(lambda: ping(a.namespace, b.address).ok, 20, "a ping to the C loop")
-        assert ping(b.namespace, a.address, size=1444, dont_fragment=True).ok
+        wait_until(lambda: ping(b.namespace, a.address, size=1444, dont_fragment=True).ok, 5, "a ping")
         sender, receiver = (a, b) if worker_is_sender else (b, a)
         send_stream(sender, receiver, os.urandom(4 << 20))
     finally:
@@ -109,7 +109,7 @@ def test_the_plain_c_loop_understands_us_and_we_it(hosts: Pair, worker_is_sender
 
 def test_big_datagrams_cross_as_fragments(joined: Pair) -> None:
     a, b = joined
-    assert ping(a.namespace, b.address, size=8000, count=3).ok
+    wait_until(lambda: ping(a.namespace, b.address, size=8000, count=3).ok, 5, "a ping")
 
 
 def test_udp_arrives_whole_and_in_order(joined: Pair) -> None:
@@ -185,14 +185,14 @@ def test_large_segments_are_ordinary_packets_on_the_wire(joined: Pair) -> None:
 @pytest.mark.parametrize(("ttl", "router"), [(1, "10.5.1.0"), (2, "10.5.2.0")], ids=["on the way out", "on the way in"])
 def test_a_packet_at_its_last_hop_is_answered_by_the_router_that_drops_it(joined: Pair, ttl: int, router: str) -> None:
     a, b = joined
-    told = a.namespace.run(["ping", "-c", "1", "-W", "2", "-t", str(ttl), b.address], check=False)
+    told = a.namespace.run(["ping", "-c", "1", "-W", "20", "-t", str(ttl), b.address], check=False)
     assert f"From {router}" in told and "Time to live exceeded" in told
-    assert ping(a.namespace, b.address).ok
+    wait_until(lambda: ping(a.namespace, b.address).ok, 5, "a ping")
 
 
 def test_an_address_without_a_peer_is_unreachable_and_counted(joined: Pair) -> None:
     a, _ = joined
-    told = a.namespace.run(["ping", "-c", "1", "-W", "2", "10.5.77.1"], check=False)
+    told = a.namespace.run(["ping", "-c", "1", "-W", "20", "10.5.77.1"], check=False)
     assert "Destination Net Unreachable" in told
     assert counters(a)["drop_no_peer"] == 1
 
@@ -239,7 +239,7 @@ def test_what_is_no_packet_is_dropped_and_counted_by_cause(hosts: Pair) -> None:
 def test_a_narrower_path_fragments_outside_and_loses_nothing(joined: Pair) -> None:
     a, b = joined
     a.namespace.run("ip route replace 192.168.9.2/32 dev eth0 mtu 1300")
-    assert ping(a.namespace, b.address, size=1444, dont_fragment=True, count=3).ok
+    wait_until(lambda: ping(a.namespace, b.address, size=1444, dont_fragment=True, count=3).ok, 5, "a ping")
     send_stream(a, b, os.urandom(1 << 20))
     assert counters(a)["drop_send_failed"] == 0
 

@@ -20,6 +20,7 @@ from flanneld.dataplane.dataplane import Dataplane
 from flanneld.dataplane.wireguard import WireguardHandler
 from flanneld.dataplane.wireguard_kernel import Kernel
 from flanneld.dataplane.wireguard_userspace import Userspace
+from flanneld.lab import wait
 from flanneld.lab.netns import Namespace, veth
 from flanneld.plan import plan
 from flanneld.wireguard_key import clamped, public_key
@@ -31,6 +32,8 @@ DEVICES = frozenset({"flannel-wg", "flannel-wg-v6"})
 
 
 def poll(true: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    """Wait; unlike ``wait_until`` this lets a failure of what is asked through at once."""
+    seconds *= wait.patience
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
