@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from flanneld.lab import wait
 from flanneld.lab.etcd import Etcd
+from flanneld.lab.wait import wait_until
+from subnet_lease import etcd_connection
 from subnet_lease.etcd import EtcdStore
+from subnet_lease.etcd_connection import CALL_TIMEOUT, EtcdConnection
 from subnet_lease.kube import KubeStore
-from subnet_lease.lease import LeaseAttrs, LeaseSnapshot, NodeIdentity
+from subnet_lease.lease import Lease, LeaseAttrs, LeaseSnapshot, NodeIdentity
 from subnet_lease.store import LeaseRequest
 from tests.store.kube_values import NET_CONF
 from tests.testbed.fake_kube import FakeKube
@@ -41,6 +45,16 @@ def own_etcd() -> Iterator[Etcd]:
 @pytest.fixture
 def prefix() -> str:
     return f"/test{next(_numbers)}/network"
+
+
+@pytest.fixture(autouse=True)
+def patient_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests call a store once, where a daemon would try again: an answer that is late shall not fail them."""
+    defaults = EtcdConnection.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "timeout", CALL_TIMEOUT * wait.patience)
+    monkeypatch.setitem(defaults, "connect_timeout", CALL_TIMEOUT * wait.patience)
+    monkeypatch.setattr(etcd_connection, "CALL_TIMEOUT", CALL_TIMEOUT * wait.patience)
 
 
 def request_of(name: str, ip: str, **changes: Any) -> LeaseRequest:
@@ -70,6 +84,12 @@ class Network:
         store = EtcdStore(options.pop("endpoints", [self.etcd.endpoint]), self.prefix, instance=machine, **options)
         self._stores.append(store)
         return store
+
+    def leave(self, store: EtcdStore, lease: Lease) -> None:
+        """Close a node's connection; it takes its sign of life back, or if etcd is too busy, the sign expires."""
+        store.close()
+        sign = f"{self.prefix}/up/{lease.key}"
+        wait_until(lambda: not self.etcd.ctl("get", "--keys-only", sign).strip(), 15, "no sign of life")
 
     def follow(self, store: EtcdStore) -> Follower:
         follower = Follower(store)
@@ -115,7 +135,7 @@ class Follower:
         return set(self.snapshots[-1].leases) if self.snapshots else set()
 
     def join(self) -> None:
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=10 * wait.patience)
         assert not self._thread.is_alive(), "watch did not end with close()"
         assert self.error is None, f"watch raised {self.error!r}"
 
