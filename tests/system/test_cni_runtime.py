@@ -62,8 +62,8 @@ def test_containerd_on_two_hosts(two_hosts: Lab, make_runtime: Callable[..., Con
     first, second = (make_runtime(Containerd, host) for host in two_hosts.hosts)
     tasks = [first.start("one", "sleep", "900"), second.start("two", "sleep", "900")]
     one, two = first.address("one"), second.address("two")
-    assert "0% packet loss" in first.exec("one", "ping", "-c", "1", "-W", "5", two)
-    assert "0% packet loss" in second.exec("two", "ping", "-c", "1", "-W", "5", one)
+    eventually(lambda: "0% packet loss" in first.exec("one", "ping", "-c", "1", "-W", "5", two))
+    eventually(lambda: "0% packet loss" in second.exec("two", "ping", "-c", "1", "-W", "5", one))
     for runtime, name, task in zip((first, second), ("one", "two"), tasks, strict=True):
         assert runtime.reservations
         runtime.stop(name, task)
@@ -76,15 +76,15 @@ def test_podman_on_two_hosts_with_published_ports(two_hosts: Lab, make_runtime: 
     serve = ("httpd", "-f", "-p", "80", "-h", "/etc")
     one = first.start("one", *serve, flags=["--publish=8080:80"])
     two = second.start("two", *serve)
-    assert "0% packet loss" in first.podman("exec", "one", "ping", "-c", "1", "-W", "5", two)
-    assert "0% packet loss" in second.podman("exec", "two", "ping", "-c", "1", "-W", "5", one)
+    eventually(lambda: "0% packet loss" in first.podman("exec", "one", "ping", "-c", "1", "-W", "5", two))
+    eventually(lambda: "0% packet loss" in second.podman("exec", "two", "ping", "-c", "1", "-W", "5", one))
     # busybox's wget, being static, trips over the host's name service; nc does not ask for names.
     request = r"printf 'GET /passwd HTTP/1.0\r\n\r\n'"
     fetch = ("sh", "-c", f"{request} | busybox nc -w 5 {two_hosts.hosts[0].address} 8080")
     # From the other host, from a container there, and from the container itself: out and back through its own port.
     assert "root" in eventually(lambda: two_hosts.hosts[1].run(fetch))
-    assert "root" in second.podman("exec", "two", *fetch)
-    assert "root" in first.podman("exec", "one", *fetch)
+    eventually(lambda: "root" in second.podman("exec", "two", *fetch))
+    eventually(lambda: "root" in first.podman("exec", "one", *fetch))
     for runtime, name in ((first, "one"), (second, "two")):
         runtime.stop(name)
         assert (runtime.reservations, runtime.caches) == (set(), set())
@@ -111,7 +111,7 @@ def test_dual_stack(make_lab: Callable[..., Lab], make_runtime: Callable[..., Co
     # Duplicate address detection in the containers takes a second.
     eventually(lambda: "0% packet loss" in first.exec("one", "ping", "-6", "-c", "1", "-W", "2", two), 20)
     eventually(lambda: "0% packet loss" in second.exec("two", "ping", "-6", "-c", "1", "-W", "2", one), 20)
-    assert "0% packet loss" in first.exec("one", "ping", "-c", "1", "-W", "5", second.address("two"))
+    eventually(lambda: "0% packet loss" in first.exec("one", "ping", "-c", "1", "-W", "5", second.address("two")))
 
 
 @pytest.mark.field_problem(7)
@@ -155,8 +155,8 @@ def test_without_the_plugin(make_lab: Callable[..., Lab], make_runtime: Callable
     first.start("one", "sleep", "900")
     second.start("two", "sleep", "900")
     one, two = first.address("one"), second.address("two")
-    assert "0% packet loss" in first.exec("one", "ping", "-c", "1", "-W", "5", two)
-    assert "0% packet loss" in second.exec("two", "ping", "-c", "1", "-W", "5", one)
+    eventually(lambda: "0% packet loss" in first.exec("one", "ping", "-c", "1", "-W", "5", two))
+    eventually(lambda: "0% packet loss" in second.exec("two", "ping", "-c", "1", "-W", "5", one))
 
 
 @pytest.mark.field_problem(29)

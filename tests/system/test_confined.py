@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flanneld.lab.hosts import Lab
+from flanneld.lab.wait import wait_until
 
 UNIT = Path(__file__).resolve().parents[2] / "manifests" / "systemd" / "flanneld.service"
 
@@ -24,6 +25,6 @@ def test_the_units_capabilities_suffice(make_lab: Callable[..., Lab]) -> None:
     status = Path(f"/proc/{lab.hosts[0].daemon.process.pid}/status").read_text()
     assert "CapEff:\t0000000000013000" in status, status
     one, two = lab.hosts[0].container("one"), lab.hosts[1].container("two")
-    assert one.ping(two).ok
-    assert two.ping(one).ok
+    wait_until(lambda: one.ping(two).ok, 5, "a ping")
+    wait_until(lambda: two.ping(one).ok, 5, "a ping")
     assert "FLANNEL-POSTRTG" in lab.hosts[0].run("iptables -t nat -S")

@@ -62,11 +62,11 @@ def test_containers_of_two_dockers_reach_each_other(two_hosts: Lab, start_docker
         assert address.rsplit(".", 1)[0] == docker.host.daemon.subnet_env()["FLANNEL_SUBNET"].rsplit(".", 1)[0]
         assert " mtu 1450 " in docker.host.run("ip link show dev docker0")
     # dockerd sets the policy of FORWARD to DROP; the overlay works all the same.
-    assert "0% packet loss" in first.docker("exec", "one", "ping", "-c", "1", "-W", "5", two)
-    assert "0% packet loss" in second.docker("exec", "two", "ping", "-c", "1", "-W", "5", one)
+    eventually(lambda: "0% packet loss" in first.docker("exec", "one", "ping", "-c", "1", "-W", "5", two))
+    eventually(lambda: "0% packet loss" in second.docker("exec", "two", "ping", "-c", "1", "-W", "5", one))
     published = GET.format(two_hosts.hosts[0].address, 8080)
     assert "root" in eventually(lambda: two_hosts.hosts[1].run(["sh", "-c", published]))
-    assert "root" in second.docker("exec", "two", "sh", "-c", published)
+    eventually(lambda: "root" in second.docker("exec", "two", "sh", "-c", published))
 
 
 def test_a_docker_network_of_the_nodes_subnet(two_hosts: Lab, start_docker: Callable[..., Docker]) -> None:
@@ -85,8 +85,8 @@ def test_a_docker_network_of_the_nodes_subnet(two_hosts: Lab, start_docker: Call
     first, second = dockers
     one = first.run("one", "sleep", "900", flags=["--network=flannel"])
     two = second.run("two", "sleep", "900", flags=["--network=flannel"])
-    assert "0% packet loss" in first.docker("exec", "one", "ping", "-c", "1", "-W", "5", two)
-    assert "0% packet loss" in second.docker("exec", "two", "ping", "-c", "1", "-W", "5", one)
+    eventually(lambda: "0% packet loss" in first.docker("exec", "one", "ping", "-c", "1", "-W", "5", two))
+    eventually(lambda: "0% packet loss" in second.docker("exec", "two", "ping", "-c", "1", "-W", "5", one))
 
 
 @pytest.mark.field_problem(36)

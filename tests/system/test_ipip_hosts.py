@@ -28,7 +28,7 @@ def test_containers_reach_each_other_and_the_device_is_kept(make_lab: Callable[.
     wait_until(lambda: here.ping(there).ok and there.ping(here).ok, 20, "pings both ways")
     assert f"dev {'eth0' if direct else 'flannel.ipip'} " in one.run(f"ip route get {there.address}")
     assert one.daemon.subnet_env()["FLANNEL_MTU"] == "1480"
-    assert here.ping(there, size=1452, dont_fragment=True).ok
+    wait_until(lambda: here.ping(there, size=1452, dont_fragment=True).ok, 5, "a ping")
     one.run("ip link del flannel.ipip")
     wait_until(lambda: "flannel.ipip" in one.run("ip link"), 20, "the device back")
     wait_until(lambda: here.ping(there).ok, 20, "and its routes")

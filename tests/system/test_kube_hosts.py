@@ -90,8 +90,8 @@ def test_containers_on_two_nodes_reach_each_other(any_cluster):
     lab.wait_peers()
     a, b = lab.hosts[0].container("a"), lab.hosts[1].container("b")
     assert a.address.startswith("10.244.1.")
-    assert a.ping(b.address).ok
-    assert b.ping(a.address).ok
+    wait_until(lambda: a.ping(b.address).ok, 5, "a ping")
+    wait_until(lambda: b.ping(a.address).ok, 5, "a ping")
     for host in lab.hosts:
         mac = json.loads(host.run("ip -j link show flannel.1"))[0]["address"]
         assert {k: v for k, v in kube.annotations(host.name).items() if k.startswith(PREFIX)} == {
@@ -121,18 +121,18 @@ def test_a_restart_without_the_api_server_keeps_the_data_path_and_heals(cluster)
         host.daemon.wait_ready(30)
     lab.wait_peers()
     a, b = lab.hosts[0].container("a"), lab.hosts[1].container("b")
-    assert a.ping(b.address).ok
+    wait_until(lambda: a.ping(b.address).ok, 5, "a ping")
     mac = cluster.kube.annotations("h1")[PREFIX + "backend-data"]
     daemon = lab.hosts[0].daemon
     cluster.stop_api()
     daemon.restart()
     wait_until(lambda: daemon.get("/readyz").status == 503, 20, daemon.why_not)
     wait_until(lambda: cluster.kube.url in daemon.get("/readyz").text, 20, daemon.why_not)
-    assert a.ping(b.address).ok
+    wait_until(lambda: a.ping(b.address).ok, 5, "a ping")
     assert daemon.running
     cluster.start_api()
     daemon.wait_ready(30)
-    assert a.ping(b.address).ok
+    wait_until(lambda: a.ping(b.address).ok, 5, "a ping")
     assert cluster.kube.annotations("h1")[PREFIX + "backend-data"] == mac
 
 

@@ -48,10 +48,10 @@ def test_pods_talk_through_a_host_that_forwards_nothing_else(running: Lab, block
     for host in running.hosts:
         host.run(block)
     try:
-        assert cross_ping(running)
+        wait_until(lambda: cross_ping(running), 5, "pings both ways")
         running.hosts[0].daemon.restart()
         running.hosts[0].daemon.wait_ready()
-        assert cross_ping(running)
+        wait_until(lambda: cross_ping(running), 5, "pings both ways")
     finally:
         for host in running.hosts:
             host.run(undo)
@@ -81,17 +81,17 @@ def _ready_text(host: Host, word: str) -> str:
 def test_what_leaves_the_network_is_masqueraded_and_what_stays_is_not(running: Lab) -> None:
     here, there = (host.containers[0] for host in running.hosts)
     # etcd's namespace stands for the world outside: it has no route to the pods, so only the host's address works.
-    assert here.ping(running.etcd.address).ok
+    wait_until(lambda: here.ping(running.etcd.address).ok, 5, "a ping")
     with_source = there.ns.start(["tcpdump", "-c1", "-nn", "-i", "eth0", "icmp"], log=running.directory / "seen")
 
     def seen() -> str:
         here.ping(there)
-        text = (running.directory / "seen").read_text()
-        return text if with_source.poll() is not None else ""
+        ended = with_source.poll() is not None  # before it is read: the packet is written by then
+        return (running.directory / "seen").read_text() if ended else ""
 
     assert f"{here.address} > {there.address}" in wait_until(seen, 10, "a packet at the peer")
     # The host itself reaches a remote container by its overlay address, so that the answer finds its way back.
-    assert running.hosts[0].ping(there.address).ok
+    wait_until(lambda: running.hosts[0].ping(there.address).ok, 5, "a ping")
 
 
 @pytest.mark.field_problem(15)

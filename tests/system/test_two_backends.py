@@ -73,7 +73,7 @@ def started(lab: Lab, name: str, bridge: str, *flags: str, instance: str = "") -
 def separate(red: Network, blue: Network) -> None:
     wait_until(lambda: red.carries() and blue.carries(), 10, "traffic in both")
     wait_until(lambda: not red.reaches(blue) and not blue.reaches(red), 20, "no way from one to the other")
-    assert red.carries() and blue.carries()
+    wait_until(lambda: red.carries() and blue.carries(), 10, "traffic in both")
     for daemon in (*red.daemons, *blue.daemons):
         daemon.wait_ready()
         assert daemon.get("/status").json()["warnings"] == []
