@@ -223,7 +223,7 @@ class Demo:
             pairs = list(itertools.permutations(self.containers, 2))
             # A few one at a time: the point is the path, not how two processors share many pings.
             with ThreadPoolExecutor(1 if len(pairs) <= 12 else 8) as pool:
-                answers = pool.map(lambda pair: pair[0].ping(pair[1], count=3, interval=0.02), pairs)
+                answers = pool.map(lambda pair: pair[0].ping(pair[1], count=3, interval=0.02, wait=5), pairs)
                 results = {(a.host.name, b.host.name): answer for (a, b), answer in zip(pairs, answers, strict=True)}
             made = table("from \\ to", *(c.host.name for c in self.containers))
             for a in self.containers:
