@@ -152,7 +152,14 @@ class TestWaiting:
     def test_add_waits_for_the_daemon(self, plugin: Plugin) -> None:
         plugin.fake_delegate()
         plugin.subnet_file.unlink()
-        timer = threading.Timer(0.7, lambda: plugin.subnet_file.write_text(SUBNET_ENV))
+
+        def appear() -> None:
+            """At once, as the daemon makes it."""
+            fresh = plugin.subnet_file.with_name("fresh")
+            fresh.write_text(SUBNET_ENV)
+            fresh.rename(plugin.subnet_file)
+
+        timer = threading.Timer(0.7, appear)
         timer.start()
         started = time.monotonic()
         assert plugin("ADD", waitSeconds=30).code == 0
