@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from flanneld.lab import wait
 
-# What is awaited must come true; how fast it does is measured by script/bench, not by a test on a machine that may be
-# doing something else. TEST_PATIENCE=1 holds the tests to the promised times.
+# For limits that only say when to give up; promised times (wait.Promised) are held whatever stands here.
 wait.patience = float(os.environ.get("TEST_PATIENCE", "4"))
 
 # A shared machine stalls now and then; what a property costs is judged by the whole run's time limit.

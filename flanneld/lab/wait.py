@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from functools import cache
+from typing import Final, TypeVar
 
 T = TypeVar("T")
 
 patience = 1.0
-"""What every timeout is multiplied by, for a machine that does something else meanwhile. The tests set it."""
+"""What a timeout is multiplied by that says when to give up, and promises nothing. The tests set it."""
+
+
+class Promised(float):
+    """Seconds within which users are promised a state. They are never multiplied; see ``clock``."""
+
+
+class _Heart(threading.Thread):
+    """Sleeps for a moment, again and again; what it oversleeps is time that this machine gave to nobody here."""
+
+    BEAT: Final = 0.05
+
+    def __init__(self) -> None:
+        super().__init__(name="heart", daemon=True)
+        self.stalled = 0.0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            began = time.monotonic()
+            time.sleep(self.BEAT)
+            late = time.monotonic() - began - self.BEAT
+            if late > self.BEAT:
+                self.stalled += late
+
+
+@cache
+def _heart() -> _Heart:
+    return _Heart()
+
+
+def clock() -> float:
+    """Seconds as time.monotonic() counts them, less those for which the machine was seen to stand still."""
+    return time.monotonic() - _heart().stalled
 
 
 class NotYet(AssertionError):
@@ -24,12 +59,13 @@ def wait_until(
 ) -> T:
     """Ask until ``predicate`` answers with something true; that answer.
 
-    ``timeout`` (times ``patience``) and ``interval`` are seconds. An AssertionError, OSError or CommandFailed (a RuntimeError) inside the
-    predicate means "not yet". NotYet holds the message, which may be a function that looks at the end state, and the
-    predicate's last answer.
+    ``timeout`` (times ``patience``, unless it is ``Promised``) and ``interval`` are seconds. An AssertionError, OSError
+    or CommandFailed (a RuntimeError) inside the predicate means "not yet". NotYet holds the message, which may be a
+    function that looks at the end state, and the predicate's last answer.
     """
-    timeout *= patience
-    deadline = time.monotonic() + timeout
+    if not isinstance(timeout, Promised):
+        timeout *= patience
+    deadline = clock() + timeout
     while True:
         last: object
         try:
@@ -39,7 +75,13 @@ def wait_until(
             last = answer
         except (AssertionError, OSError, RuntimeError) as error:
             last = error
-        if time.monotonic() >= deadline:
+        if clock() >= deadline and not _stood_still(deadline):
             text = message if isinstance(message, str) else message()
             raise NotYet(f"not within {timeout:g} s: {text} (last answer: {last!r})")
         time.sleep(interval)
+
+
+def _stood_still(deadline: float) -> bool:
+    """Whether it is not that late: after a stall, the heart may beat later than we look at the clock."""
+    time.sleep(2 * _Heart.BEAT)
+    return clock() - 2 * _Heart.BEAT < deadline

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from flanneld.lab.wait import NotYet, wait_until
+from flanneld.lab.wait import NotYet, Promised, wait_until
 from tests.system.backend_cases import Running, params, running_case
 from tests.system.damage import Damage, damages
 from tests.system.kernel_text import difference, kernel_text
 
-PROMISE = 5.0
+PROMISE = Promised(5)
 """Seconds."""
 
-DIRECT_PROMISE = 1.0
-LOOK_PROMISE = PROMISE + 1.0
+DIRECT_PROMISE = Promised(1)
+LOOK_PROMISE = Promised(PROMISE + 1)
 """For what the kernel does not tell: the daemon looks every five seconds."""
 
 

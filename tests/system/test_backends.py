@@ -10,7 +10,7 @@ import pytest
 from flanneld.lab.hosts import Host, Lab
 from flanneld.lab.netns import run
 from flanneld.lab.throughput import iperf3
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.backend_cases import (
     DUAL,
     UNDERLAY6,
@@ -76,7 +76,7 @@ def test_cleanup_leaves_the_host_as_it_was_before_the_daemon(running: Running) -
     assert done.returncode == 0, done.stdout + done.stderr
     becomes(host, running.untouched)
     assert not list(host.daemon.run_dir.iterdir())
-    wait_until(lambda: not run(["ip", "netns", "pids", host.ns.name]), 5, "no process left behind")
+    wait_until(lambda: not run(["ip", "netns", "pids", host.ns.name]), Promised(5), "no process left behind")
 
     host.daemon.start()
     host.daemon.wait_ready()

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from flanneld.lab.hosts import Host, Lab
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.backend_cases import needs_wireguard
 from tests.system.kernel_text import kernel_text
 
-SOON = 5.0
+SOON = Promised(5)
 LATER = 10.0
 KERNEL = ("link", "address", "routes", "routes6", "neighbours", "fdb", "iptables")
 OTHERS = ["host-gw", "udp", pytest.param("wireguard", marks=needs_wireguard)]

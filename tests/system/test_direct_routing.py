@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from flanneld.lab.hosts import Host, Lab, sysctl
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.backend_cases import GATEWAYS, Running, running_case
 
-SOON = 5.0
+SOON = Promised(5)
 HOME = {4: ("172.30.0.12/24", GATEWAYS[4]), 6: ("fd30::c/64", GATEWAYS[6])}
 AWAY = {4: ("172.31.0.12/24", "172.31.0.1"), 6: ("fd31::c/64", "fd31::1")}
 """The peer's address and its router's, on the network of the others and on another one behind the same switch."""

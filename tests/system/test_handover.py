@@ -15,7 +15,7 @@ import pytest
 
 from flanneld.lab.containers import Container
 from flanneld.lab.hosts import Host, Lab
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.kernel_text import kernel_text, metric
 from tests.testbed.flannel_standin import Node, StandIn, read_leases, rules, subnet_env
 
@@ -140,7 +140,9 @@ def test_flanneld_takes_back_a_node_and_the_others_never_notice(lab: Lab, standi
         assert [node for node in read_leases(lab.etcd) if node.public_ip == back.host.address] == [back.node]
         back.claim(lab.etcd)  # the identity goes, as flannel knows none
         wait_until(
-            lambda: list(json.loads(etcd_entry(lab, back.node.key)[0])) == FLANNEL_KEYS, 5, "flannel's own value"
+            lambda: list(json.loads(etcd_entry(lab, back.node.key)[0])) == FLANNEL_KEYS,
+            Promised(5),
+            "flannel's own value",
         )
         other.host.daemon.wait_ready()
     assert kernel_text(other.host) == before
@@ -157,7 +159,7 @@ def test_a_takeover_removes_what_flanneld_forgot(lab: Lab, standing: list[StandI
     here.add_peer(Node(IPv4Network("10.5.99.0/24"), "172.30.0.99", "c6:d2:32:6f:8f:99"))
     with no_packet_lost(here.host, standing[1].host):
         take_over(here)
-        wait_until(lambda: "10.5.99.0/24" not in here.host.run("ip route"), 5, "the stale route gone")
+        wait_until(lambda: "10.5.99.0/24" not in here.host.run("ip route"), Promised(5), "the stale route gone")
     for command, stale in (("bridge fdb", "c6:d2:32:6f:8f:99"), ("ip neigh", "10.5.99.0")):
         wait_until(lambda: stale not in here.host.run(f"{command} show dev flannel.1"), 5, f"{stale} gone")
     wait_until(lambda: metric(here.host, "flanneld_changes_total") == 3, 5, "three changes")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.backend_cases import GATEWAYS, Running, params, running_case
 
-SOON = 5.0
+SOON = Promised(5)
 NUMBER = 11
 """The first host's, on the underlay."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flanneld.lab.hosts import Lab
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.testbed.fake_kube import FakeKube
 from tests.testbed.real_kube import RealKube, assets
 
@@ -110,7 +110,7 @@ def test_a_daemon_waits_for_its_pod_cidr_and_goes_on_within_five_seconds(cluster
     wait_until(lambda: "pod cidr not assigned" in daemon.get("/readyz").text, 20, daemon.why_not)
     assert "--pod-network-cidr" in daemon.get("/readyz").text
     cluster.kube.patch_node("h1", {"spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]}})
-    wait_until(lambda: daemon.subnet_env().get("FLANNEL_SUBNET") == "10.244.1.1/24", 5, daemon.why_not)
+    wait_until(lambda: daemon.subnet_env().get("FLANNEL_SUBNET") == "10.244.1.1/24", Promised(5), daemon.why_not)
 
 
 @pytest.mark.field_problem(8)
@@ -146,7 +146,7 @@ def test_a_node_that_is_deleted_leaves_no_route_behind_and_a_new_one_is_reached(
     first = lab.hosts[0]
     wait_until(lambda: "10.244.2.0/24" not in first.run("ip route"), 10, lambda: first.run("ip route"))
     cluster.kube.add_peer("h9", "10.244.9.0/24", "172.30.0.99", "02:00:00:00:00:09")
-    wait_until(lambda: "10.244.9.0/24" in first.run("ip route"), 5, lambda: first.run("ip route"))
+    wait_until(lambda: "10.244.9.0/24" in first.run("ip route"), Promised(5), lambda: first.run("ip route"))
 
 
 @pytest.mark.field_problem(18)
@@ -186,7 +186,11 @@ def test_an_operators_address_for_a_running_node_is_published_at_once(cluster: C
     host.daemon.wait_ready()
     host.run("ip addr add 172.30.0.99/24 dev eth0")
     cluster.kube.annotate(host.name, {PREFIX + "node-public-ip": "172.30.0.99"})
-    wait_until(lambda: cluster.kube.annotations(host.name)[PREFIX + "public-ip"] == "172.30.0.99", 5, "the address")
     wait_until(
-        lambda: "172.30.0.99" in cluster.lab.hosts[1].run("bridge fdb show dev flannel.1"), 5, "the peer's entry"
+        lambda: cluster.kube.annotations(host.name)[PREFIX + "public-ip"] == "172.30.0.99", Promised(5), "the address"
+    )
+    wait_until(
+        lambda: "172.30.0.99" in cluster.lab.hosts[1].run("bridge fdb show dev flannel.1"),
+        Promised(5),
+        "the peer's entry",
     )

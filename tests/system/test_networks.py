@@ -12,8 +12,8 @@ import pytest
 
 from flanneld.lab.capture import capture
 from flanneld.lab.hosts import Lab, sysctl
-from flanneld.lab.wait import wait_until
-from tests.system.backend_cases import kernel_has_ipip
+from flanneld.lab.wait import Promised, wait_until
+from tests.system.backend_cases import kernel_has_ipip, needs_wireguard
 from tests.system.kernel_text import metric
 
 MakeLab = Callable[..., Lab]
@@ -141,20 +141,19 @@ def test_an_interface_with_a_default_route_of_its_own_is_used_for_peers_beyond_i
 
     assert " via " not in entry()
     host.run("ip route add default via 172.31.0.1 dev eth1 metric 200")
-    wait_until(lambda: "dst 203.0.113.9 via eth1 self permanent" in entry(), 6, "the interface in the entry")
+    wait_until(lambda: "dst 203.0.113.9 via eth1 self permanent" in entry(), Promised(6), "the interface in the entry")
     packet = capture(host.ns, "eth1", "udp port 8472", lambda: host.run("ping -c 3 -i 0.2 10.5.9.1", check=False))[0]
     assert (packet["IP"].src, packet["IP"].dst) == (host.second_address, "203.0.113.9")
     host.daemon.restart()
     host.daemon.wait_ready()
     assert metric(host, "flanneld_changes_total") == 0
     host.run("ip route del default via 172.31.0.1 dev eth1")
-    wait_until(lambda: entry() and " via " not in entry(), 6, "the routing table's choice again")
+    wait_until(lambda: entry() and " via " not in entry(), Promised(6), "the routing table's choice again")
 
 
+@needs_wireguard
 @pytest.mark.field_problem(34)
 def test_wireguard_too_leaves_by_the_chosen_interface_where_another_has_the_default_route(make_lab: MakeLab) -> None:
-    if shutil.which("wireguard-go") is None:
-        pytest.skip("the program wireguard-go is not installed (Debian: wireguard-go)")
     lab = make_lab(1, second="172.31.0.0/24")
     lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}})
     host = lab.hosts[0]
@@ -171,33 +170,32 @@ def test_wireguard_too_leaves_by_the_chosen_interface_where_another_has_the_defa
     assert packet["IP"].src == host.address, "another interface's default route is left as it is"
     assert host.run("ip rule").count("\n") == 3
     host.run("ip route add default via 172.31.0.1 dev eth1 metric 200")
-    wait_until(lambda: "via 172.31.0.1 dev eth1" in host.run("ip route show table 2410"), 6, "its own")
+    wait_until(lambda: "via 172.31.0.1 dev eth1" in host.run("ip route show table 2410"), Promised(6), "its own")
     packet = capture(host.ns, "eth1", "udp port 51820", speak)[0]
     assert (packet["IP"].src, packet["IP"].dst) == (host.second_address, "203.0.113.9")
     host.run("ip rule del pref 2412")
-    wait_until(lambda: host.run("ip rule").count("sport 51820") == 3, 5, "the rule again")
+    wait_until(lambda: host.run("ip rule").count("sport 51820") == 3, Promised(5), "the rule again")
     host.run("ip route flush table 2410")
-    wait_until(lambda: host.run("ip route show table 2410").count("dev eth1") == 2, 5, "the routes again")
-    wait_until(lambda: host.daemon.ready, 5, "ready")
+    wait_until(lambda: host.run("ip route show table 2410").count("dev eth1") == 2, Promised(5), "the routes again")
+    wait_until(lambda: host.daemon.ready, Promised(5), "ready")
     host.daemon.restart()
     host.daemon.wait_ready()
     assert metric(host, "flanneld_changes_total") == 0
     assert "kernel    as it should be" in host.ctl("status", "--diff").stdout
     lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}})
-    wait_until(lambda: "51820" not in host.run("ip rule"), 6, "another backend has no rule")
+    wait_until(lambda: "51820" not in host.run("ip rule"), Promised(6), "another backend has no rule")
     lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}})
-    wait_until(lambda: "51820" in host.run("ip rule"), 6, "the rule again")
+    wait_until(lambda: "51820" in host.run("ip rule"), Promised(6), "the rule again")
     host.daemon.stop()
     host.ctl("cleanup")
     host.run("ip route del default via 172.31.0.1 dev eth1")
     assert host.run("ip rule") + host.run("ip route show table all") == before
 
 
+@needs_wireguard
 @pytest.mark.field_problem(34)
 def test_wireguard_reaches_peers_beyond_the_link_whatever_becomes_of_the_default_route(make_lab: MakeLab) -> None:
     """Answers come in where the address is; wireguard-go then sends by that interface until it is told to forget it."""
-    if shutil.which("wireguard-go") is None:
-        pytest.skip("the program wireguard-go is not installed (Debian: wireguard-go)")
     lab = make_lab(2, second="172.31.0.0/24")
     lab.set_config({"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}})
     host, far = lab.hosts
@@ -216,11 +214,13 @@ def test_wireguard_reaches_peers_beyond_the_link_whatever_becomes_of_the_default
     wait_until(lambda: here.ping(there).ok, 10, "a ping by the only way")
     assert source_on("eth0") == host.address
     host.run("ip route add default via 172.31.0.1 dev eth1 metric 200")
-    wait_until(lambda: "via 172.31.0.1" in host.run("ip route show table 2410", check=False), 6, "a way of its own")
+    wait_until(
+        lambda: "via 172.31.0.1" in host.run("ip route show table 2410", check=False), Promised(6), "a way of its own"
+    )
     assert source_on("eth1") == host.second_address
     assert here.ping(there).ok
     host.run("ip route del default via 172.31.0.1 dev eth1")
-    wait_until(lambda: "51820" not in host.run("ip rule"), 6, "no rule")
+    wait_until(lambda: "51820" not in host.run("ip rule"), Promised(6), "no rule")
     wait_until(lambda: here.ping(there).ok, 10, "a ping by the other interface")
     assert source_on("eth0") == host.address
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from flanneld.lab.hosts import Host, Lab
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.kernel_text import difference, kernel_text, metric
 
-PROMISE = 5.0
+PROMISE = Promised(5)
 """Seconds; what is usual stands in docs/benchmarks.md."""
 
 
@@ -96,7 +96,7 @@ def test_a_device_of_another_kind_in_its_place_is_named_with_the_remedy(running:
     assert "its kind is veth, not vxlan" in host.daemon.get("/readyz").text
     assert "veth" in host.run("ip -d link show flannel.1"), "a foreign device was removed"
     host.run("ip link del flannel.1")
-    wait_until(lambda: kernel_text(host) == before, 2 * PROMISE, "our own device back")
+    wait_until(lambda: kernel_text(host) == before, Promised(2 * PROMISE), "our own device back")
     wait_until(lambda: host.containers[0].ping(other.containers[0]).ok, PROMISE, "a ping between containers")
 
 
@@ -138,7 +138,7 @@ def test_idle_means_no_writes_no_lines_and_no_processes(running: Lab) -> None:
     wait_until(lambda: host.daemon.ready, PROMISE, "ready")
     # The search for blocking chains may follow the last test's changes by up to its minimum interval, ten
     # seconds, and a tick.
-    wait_until(lambda: _unchanged_for(host, 25), 90, "twenty-five seconds without a trace")
+    wait_until(lambda: _unchanged_for(host, 25), Promised(90), "twenty-five seconds without a trace")
 
 
 def _footprint(host: Host) -> tuple[float, int, str]:

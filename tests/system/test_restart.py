@@ -11,7 +11,7 @@ import pytest
 from flanneld.desired import LINGER
 from flanneld.lab.hosts import Daemon, Lab
 from flanneld.lab.netns import end
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.kernel_text import kernel_text, metric
 from tests.system.loss import no_packet_lost
 
@@ -70,7 +70,7 @@ def test_what_left_while_the_daemon_was_down_is_removed_at_its_start_and_nothing
     assert subnet in host.run("ip route show dev flannel.1")
     host.daemon.start()
     host.daemon.wait_ready()
-    wait_until(lambda: subnet not in host.run("ip route"), 5, "the stale route gone")
+    wait_until(lambda: subnet not in host.run("ip route"), Promised(5), "the stale route gone")
     wait_until(lambda: host.run("bridge fdb show dev flannel.1").count(" dst ") == 1, 5, "one forwarding entry")
     neighbours = "ip neigh show dev flannel.1 nud permanent"
     wait_until(lambda: host.run(neighbours).count("lladdr") == 1, 5, "one neighbour")
@@ -183,7 +183,7 @@ def test_bad_keys_change_nothing_but_a_counter(running: Lab) -> None:
     wait_until(lambda: metric(host, "flanneld_store_errors_total") >= 3, 10, "bad keys counted")
     wait_until(lambda: metric(host, "flanneld_refused_peers") == 1, 10, "the foreign subnet refused")
     assert kernel_text(host) == before
-    host.daemon.wait_ready()
+    assert host.daemon.ready
 
 
 @pytest.mark.field_problem(41)

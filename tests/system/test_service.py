@@ -11,7 +11,7 @@ import pytest
 
 from flanneld.lab import wait
 from flanneld.lab.hosts import Lab
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import clock, wait_until
 from tests.system.kernel_text import metric
 from tests.system.test_symptoms import events, reasons
 
@@ -34,11 +34,11 @@ def test_systemd_hears_of_ready_when_the_subnet_file_is_there_and_of_life_until_
             assert heard.startswith(("STATUS=not ready", "WATCHDOG=1"))
         assert daemon.subnet_env()["FLANNEL_NETWORK"] == "10.5.0.0/16"
         assert "STATUS=ready, subnet 10.5." in heard
-        lives = time.monotonic()
+        lives = clock()
         for _ in range(3):
             while (heard := systemd.recv(4096).decode()) != "WATCHDOG=1":
                 assert heard.startswith("STATUS=")
-        assert time.monotonic() - lives < 10 * wait.patience
+        assert clock() - lives < 10
         assert daemon.stop() == 0
         while (heard := systemd.recv(4096).decode()) != "STOPPING=1":
             assert heard.startswith(("STATUS=", "WATCHDOG=1"))
@@ -53,9 +53,9 @@ def test_it_stops_soon_although_its_store_is_away(single: Lab, silent: bool) -> 
         host.run(f"ip route add blackhole {single.etcd.address}/32")
     else:
         single.etcd.stop()
-    began = time.monotonic()
-    assert daemon.stop(timeout=60) == 0
-    assert time.monotonic() - began < 8 * wait.patience
+    began = clock()
+    assert daemon.stop(timeout=30) == 0
+    assert clock() - began < 8
     assert "Traceback" not in daemon.log.read_text()
 
 
@@ -88,7 +88,6 @@ def test_hangup_costs_nothing_where_all_is_well(single: Lab) -> None:
     host = single.hosts[0]
     daemon = host.start_daemon(wait=True)
     changes, passes = metric(host, "flanneld_changes_total"), metric(host, "flanneld_reconcile_passes_total")
-    start = len(events(daemon))
     daemon.process.send_signal(signal.SIGHUP)
     wait_until(lambda: metric(host, "flanneld_reconcile_passes_total") > passes, 10, "a pass")
     # What the store shows after it was connected anew arrives.
@@ -96,7 +95,7 @@ def test_hangup_costs_nothing_where_all_is_well(single: Lab) -> None:
     assert metric(host, "flanneld_changes_total") == changes
     single.etcd.ctl("put", "/coreos.com/network/subnets/10.5.9.0-24", value)
     wait_until(lambda: "10.5.9.0" in host.run("ip route"), 10, "the peer")
-    assert [event for event in events(daemon)[start:] if event["level"] in ("error", "warning")] == []
+    assert [event for event in events(daemon) if event["level"] in ("error", "warning")] == []
 
 
 def test_killed_at_any_moment_of_its_start_it_leaves_nothing_that_the_next_start_minds(single: Lab) -> None:

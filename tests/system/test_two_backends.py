@@ -10,7 +10,7 @@ import pytest
 from flanneld.lab.containers import Container
 from flanneld.lab.daemons import Daemon
 from flanneld.lab.hosts import Lab
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.backend_cases import DUAL, UNDERLAY6, needs_wireguard
 from tests.system.kernel_text import kernel_text
 
@@ -51,7 +51,7 @@ def test_wireguard_and_vxlan_side_by_side(make_lab: Callable[..., Lab]) -> None:
     blue.daemons[0].wait_ready()
     host.run("ip link del flannel-v6.2")
     host.run("ip link del flannel-wg")
-    wait_until(lambda: kernel_text(host, *DEVICES) == before, 5, "all as it was")
+    wait_until(lambda: kernel_text(host, *DEVICES) == before, Promised(5), "all as it was")
     separate(red, blue)
 
     lab.set_config({**DUAL, "Backend": {"Type": "host-gw"}})

@@ -11,10 +11,10 @@ from flanneld.dataplane.wireguard_device import Engine, PeerWrite
 from flanneld.dataplane.wireguard_kernel import Kernel
 from flanneld.dataplane.wireguard_userspace import Userspace
 from flanneld.lab.hosts import Host
-from flanneld.lab.wait import wait_until
+from flanneld.lab.wait import Promised, wait_until
 from tests.system.backend_cases import Running, params, running_case
 
-PROMISE = 5.0
+PROMISE = Promised(5)
 
 STRAY = "c3RyYXkgc3RyYXkgc3RyYXkgc3RyYXkgc3RyYXkgc3Q="
 """A public key, and where that is wanted a preshared one."""

@@ -41,6 +41,15 @@ def test_further_lines_of_a_reason_stay_beside_its_name(capsys: pytest.CaptureFi
     ]
 
 
+def test_a_refused_peer_is_shown_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = {"10.5.2.0-24": "lease 10.5.2.0/24 lies outside the network 10.6.0.0/16", "10.9": "lease 10.9 is none"}
+    show({"running": True, "ready": True, "refused": refused})
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "refused   lease 10.5.2.0/24 lies outside the network 10.6.0.0/16",
+        "refused   lease 10.9 is none",
+    ]
+
+
 def test_status_without_a_daemon_says_where_it_looked(tmp_path: Path) -> None:
     arguments = argparse.Namespace(healthz_ip="127.0.0.1", healthz_port=1, subnet_file=str(tmp_path / "subnet.env"))
     with pytest.raises(Problem, match=r"no flanneld is known on this host: nothing listens on 127\.0\.0\.1:1;"):
